@@ -1,0 +1,199 @@
+"""``kvquant::attend`` in plain torch: attention over packed pages, a few pages at a time.
+
+No full-precision copy of the cache ever exists: a block of pages is dequantised, rotated,
+used for all queries and dropped. The softmax runs online (Milakov & Gimelshein, arXiv
+1805.02867), so that blocks, the step's own exact tokens and learned sink logits merge alike.
+All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.codec.keys import dequantise_keys
+from kvquant_compile.codec.layout import PageLayout, unpack_keys, unpack_raw, unpack_values
+from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
+from kvquant_compile.codec.values import dequantise_values
+from kvquant_compile.lowering.constants import reorder
+from kvquant_compile.lowering.pages import gather_pages
+from kvquant_compile.lowering.softmax import OnlineSoftmax
+
+BLOCK_PAGES = 16
+QUERY_TILE = 512
+
+
+@dataclass(frozen=True, eq=False)
+class CacheView:
+    """One layer's cache as the op receives it; see :mod:`kvquant_compile.lowering.ops`."""
+
+    table: Tensor
+    positions: Tensor
+    pages: list[Tensor]
+    sinks: Tensor
+    tables: list[Tensor]
+    geometry: list[Tensor]
+    format: str
+
+    @property
+    def layout(self) -> PageLayout:
+        """The page layout."""
+        return PageLayout.parse(self.format)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What one attention site does with scores; see :class:`kvquant_compile.plan.AttendPlan`."""
+
+    scale: float
+    softcap: float
+    window: int
+    sink_logits: Tensor | None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    history: Tensor,
+    cache: CacheView,
+    site: Site,
+    exact_chunk: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a step's queries over the cache.
+
+    Args:
+        query: [B, Hq, S, key_dim], rotated.
+        key: [B, H, S, key_dim], the step's own keys, rotated.
+        value: [B, H, S, value_dim], the step's own values.
+        slots, history: see :mod:`kvquant_compile.lowering.ops`; padding gets zeros and -inf.
+        cache: the layer's cache, the step already appended.
+        site: scale, softcap, window and sink logits.
+        exact_chunk: read the step's own tokens exactly instead of from the cache.
+
+    Returns:
+        output [B, S, Hq, value_dim] in the query's dtype, and the log-sum-exp of the scores
+        [B, Hq, S] float32.
+    """
+    layout = cache.layout
+    batch, heads, steps, _ = query.shape
+    grouped = (reorder(query, cache.geometry[1]).float() * site.scale).unflatten(
+        1, (layout.heads, heads // layout.heads)
+    )
+    state = OnlineSoftmax(grouped.shape[:-1], value.shape[-1], query.device)
+    limit = history if exact_chunk else torch.maximum(history, slots.amax(1) + 1)
+    for first, keys, values in _blocks(cache, slots, limit, site.window, query.dtype):
+        visible = _visible(slots, first, keys.shape[2], limit, site.window)
+        _update(state, grouped, keys, values, visible, site.softcap)
+    if exact_chunk:
+        _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
+    output, lse = state.result(site.sink_logits)
+    return (
+        output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous(),
+        lse.flatten(1, 2),
+    )
+
+
+def _blocks(
+    cache: CacheView, slots: Tensor, limit: Tensor, window: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first slot, rotated keys, values) of every block that a query can see, float32."""
+    end = -(-int(limit.max()) // PAGE_TOKENS)
+    start = 0
+    if window:
+        oldest = int(torch.where(slots >= 0, slots, slots.new_full((), 2**30)).min())
+        start = max(0, oldest - window + 1) // PAGE_TOKENS
+    for page in range(start, end, BLOCK_PAGES):
+        yield page * PAGE_TOKENS, *read_block(cache, page, min(end, page + BLOCK_PAGES), dtype)
+
+
+def read_block(
+    cache: CacheView, page: int, end: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Dequantised, rotated keys [B, H, N, 2 P] and values [B, H, N, D] of some pages, float32."""
+    layout = cache.layout
+    raw = gather_pages(cache.pages, cache.table[:, page:end].long())
+    if layout.spec.lossless:
+        keys, values = (x.float() for x in unpack_raw(layout, raw, dtype))
+    else:
+        tables = LayerTables(*cache.tables)
+        keys = dequantise_keys(unpack_keys(layout, raw), tables, layout.spec)
+        values = dequantise_values(unpack_values(layout, raw), tables, layout.spec)
+    exact = cache.sinks.shape[2] if page == 0 else 0
+    if exact:
+        width = keys.shape[-1]
+        keys[:, :, :exact] = cache.sinks[..., :width]
+        values[:, :, :exact] = cache.sinks[..., width:]
+    return rotate(keys, cache.positions[:, page * PAGE_TOKENS : end * PAGE_TOKENS], cache), values
+
+
+def rotate(keys: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
+    """RoPE on keys in pair order, with the model's own float32 arithmetic.
+
+    Args:
+        keys: float32 [B, H, N, 2 P].
+        positions: int32 [B, N].
+    """
+    frequencies, scale = cache.geometry[2:]
+    if frequencies.numel() == 0:
+        return keys
+    angle = positions[:, None, :, None].float() * frequencies
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    a, b = keys.unflatten(-1, (2, -1)).unbind(-2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def _visible(slots: Tensor, first: int, count: int, limit: Tensor, window: int) -> Tensor | None:
+    """Which of the slots ``first ..`` each query sees: bool [B, S, count]; None when all do."""
+    place = torch.arange(first, first + count, device=slots.device)
+    low, high = int(slots.min()), int(limit.min())
+    if low >= first + count - 1 and high >= first + count and not window:
+        return None
+    seen = (place <= slots[..., None]) & (place < limit[:, None, None])
+    return seen & (place > slots[..., None] - window) if window else seen
+
+
+def _attend_own(
+    state: OnlineSoftmax, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
+) -> None:
+    """The step's own tokens, exact, causal by column."""
+    steps = torch.arange(slots.shape[1], device=slots.device)
+    block = BLOCK_PAGES * PAGE_TOKENS
+    for start in range(0, slots.shape[1], block):
+        own = slots[:, start : start + block]
+        seen = (steps[start : start + block] <= steps[:, None]) & (own >= 0)[:, None]
+        if site.window:
+            seen = seen & (own[:, None] > slots[..., None] - site.window)
+        tile = slice(start, start + block)
+        keys, values = key[:, :, tile].float(), value[:, :, tile].float()
+        _update(state, query, keys, values, seen, site.softcap, first_query=start)
+
+
+def _update(
+    state: OnlineSoftmax,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    softcap: float,
+    first_query: int = 0,
+) -> None:
+    """Merge one block of keys into the softmax of all queries from ``first_query`` on."""
+    steps = query.shape[3]
+    transposed = keys.transpose(-1, -2)
+    for start in range(first_query, steps, QUERY_TILE):
+        tile = slice(start, min(steps, start + QUERY_TILE))
+        mask = None if visible is None else visible[:, tile]
+        if mask is not None and not bool(mask.any()):
+            continue
+        part = query[:, :, :, tile]
+        scores = (part.flatten(2, 3) @ transposed).unflatten(2, part.shape[2:4])
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        state.update(tile, scores, values)

@@ -1,0 +1,118 @@
+"""From a layer's plan and calibrated tables to the constants that its ops take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.codec.layout import PageLayout, pair_order
+from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.plan import LayerPlan, RopeSpec
+
+
+@dataclass(frozen=True, eq=False)
+class LayerConstants:
+    """Constants of one layer, keys in pair order (see :mod:`kvquant_compile.codec.layout`).
+
+    Attributes:
+        layout: bytes of the layer's pages.
+        tables: the fields of :class:`LayerTables` in declaration order; empty when lossless.
+        key_order, query_order: int64 [2 P], the model's channel of every stored one (the
+            zero channel ``dim`` for padding) before and after the rotation.
+        frequencies: float32 [P] radians per position; empty without RoPE.
+        rope_scale: float32 [P] factor of cos and sin; empty without RoPE.
+    """
+
+    layout: PageLayout
+    tables: list[Tensor]
+    key_order: Tensor
+    query_order: Tensor
+    frequencies: Tensor
+    rope_scale: Tensor
+
+    def arguments(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(tables, geometry) as the ops take them."""
+        geometry = [self.key_order, self.query_order, self.frequencies, self.rope_scale]
+        return self.tables, geometry
+
+
+def lower_layer(
+    plan: LayerPlan,
+    spec: CodecSpec,
+    tables: LayerTables | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LayerConstants:
+    """Constants of one layer on ``device``; ``tables`` is None for lossless storage."""
+    layout = PageLayout(spec, plan.kv_heads, plan.key_dim, plan.value_dim, dtype.itemsize)
+    pairs = _sorted_pairs(plan.rope)
+    key_order = pair_order([i for i, _, _ in pairs], plan.key_dim)
+    query_order = _query_order(plan, key_order, [o for _, o, _ in pairs])
+    width = len(key_order) // 2
+    frequencies, scale = torch.empty(0), torch.empty(0)
+    if plan.rope is not None:
+        still = width - len(pairs)
+        frequencies = torch.tensor([f for _, _, f in pairs] + [0.0] * still)
+        scale = torch.tensor([plan.rope.scale] * len(pairs) + [1.0] * still)
+    order = _gather_index(key_order, plan.key_dim).to(device)
+    lowered = [] if tables is None else _reorder(tables.to(device), order)
+    return LayerConstants(
+        layout,
+        lowered,
+        order,
+        _gather_index(query_order, plan.key_dim).to(device),
+        frequencies.to(device),
+        scale.to(device),
+    )
+
+
+def _sorted_pairs(
+    rope: RopeSpec | None,
+) -> list[tuple[tuple[int, int], tuple[int, int], float]]:
+    """(input pair, output pair, frequency), by falling frequency (stable)."""
+    if rope is None:
+        return []
+    rows = zip(rope.in_pairs, rope.out_pairs, rope.frequencies, strict=True)
+    return sorted(rows, key=lambda row: -abs(row[2]))
+
+
+def _query_order(
+    plan: LayerPlan, key_order: list[int], out_pairs: list[tuple[int, int]]
+) -> list[int]:
+    """The rotated channel at every place of pair order."""
+    if plan.rope is None:
+        return key_order
+    output = dict(plan.rope.passthrough)
+    for (a, b), pair in zip((i for i, _, _ in _sorted_pairs(plan.rope)), out_pairs, strict=True):
+        output[a], output[b] = pair
+    return [output.get(channel, -1) for channel in key_order]
+
+
+def _gather_index(order: list[int], dim: int) -> Tensor:
+    """Padding reads the zero channel appended at ``dim``; empty when nothing moves."""
+    if order == list(range(dim)):
+        return torch.empty(0, dtype=torch.int64)
+    return torch.tensor([dim if channel < 0 else channel for channel in order])
+
+
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Channels [..., dim] into pair order [..., 2 P], zeros for padding."""
+    if order.numel() == 0:
+        return x
+    if order.numel() > x.shape[-1]:
+        x = torch.nn.functional.pad(x, (0, 1))
+    return x[..., order]
+
+
+def _reorder(tables: LayerTables, order: Tensor) -> list[Tensor]:
+    """Per-channel key constants into pair order; padding has scale 1 and no weight."""
+    scale = reorder(tables.key_scale, order)
+    moved = replace(
+        tables,
+        key_scale=torch.where(scale == 0, torch.ones_like(scale), scale),
+        key_zero=reorder(tables.key_zero, order),
+        key_weight=reorder(tables.key_weight, order),
+    )
+    return [t.contiguous() for t in moved.tensors().values()]

@@ -1,0 +1,87 @@
+"""The two ops of a rewritten graph, ``kvquant::append`` and ``kvquant::attend``.
+
+Both take the cache as plain tensors, so that graphs can be exported, compiled and captured:
+
+* ``pages``: slabs uint8 [pages, heads, page_bytes]; page ids count through the slabs.
+* ``table``: int32 [B, n], page id of every 64 tokens of every sequence.
+* ``sinks``: [B, heads, sink tokens, key width + value width], exact leading tokens.
+* ``slots``: int32 [B, S], place in its sequence of every token of the step; -1 for padding.
+* ``history``: int32 [B], tokens each sequence had stored before the step.
+* ``positions``: int32 [B, 64 n], position of every stored token (RoPE is applied on reading).
+* ``tables``, ``geometry``: the layer's constants (:class:`~.constants.LayerConstants`).
+* ``format``: the page layout as a string.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.lowering import append as _append
+from kvquant_compile.lowering import attend as _attend
+
+_LIBRARY = torch.library.Library("kvquant", "DEF")
+
+_LIBRARY.define(
+    "append(Tensor key, Tensor value, Tensor slots, Tensor table, Tensor(a!)[] pages,"
+    " Tensor(b!) sinks, Tensor[] tables, Tensor[] geometry, str format) -> ()"
+)
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor history, Tensor table,"
+    " Tensor positions, Tensor[] pages, Tensor sinks, Tensor[] tables, Tensor[] geometry,"
+    " Tensor? sink_logits, float scale, float softcap, int window, bool exact_chunk, str format)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def _append_impl(
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    pages: list[Tensor],
+    sinks: Tensor,
+    tables: list[Tensor],
+    geometry: list[Tensor],
+    format: str,
+) -> None:
+    _append.append(key, value, slots, table, pages, sinks, tables, geometry, format)
+
+
+def _attend_impl(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    history: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    pages: list[Tensor],
+    sinks: Tensor,
+    tables: list[Tensor],
+    geometry: list[Tensor],
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    exact_chunk: bool,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
+    site = _attend.Site(scale, softcap, window, sink_logits)
+    return _attend.attend(query, key, value, slots, history, cache, site, exact_chunk)
+
+
+def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    batch, heads, steps, _ = query.shape
+    output = query.new_empty(batch, steps, heads, value.shape[-1])
+    return output, query.new_empty(batch, heads, steps, dtype=torch.float32)
+
+
+_LIBRARY.impl("append", _append_impl, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend", _attend_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("kvquant::append", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("kvquant::attend", _attend_fake, lib=_LIBRARY)
+
+append = torch.ops.kvquant.append.default
+attend = torch.ops.kvquant.attend.default

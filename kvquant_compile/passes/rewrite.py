@@ -1,0 +1,142 @@
+"""The rewrite: every marker of a captured graph becomes a ``kvquant`` op on packed pages.
+
+``append(k, v)`` becomes ``kvquant::append`` of the key *before* its rotation, and every
+``attend`` that reads it becomes ``kvquant::attend``. The masks and the full-length keys and
+values between them die. The calibrated tables enter the graph as constants.
+
+The rewritten graph keeps the captured placeholders that it still needs and takes, after them,
+:data:`STEP_INPUTS` (one per step, shared by all layers) and for every layer ``pages_i`` (list of
+slabs) and ``sinks_i``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from kvquant_compile.capture.markers import MARKERS
+from kvquant_compile.lowering import ops
+from kvquant_compile.lowering.constants import LayerConstants
+from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.plan import AttendPlan
+
+STEP_INPUTS = ("slots", "history", "table", "positions", "exact_chunk")
+_GEOMETRY = ("key_order", "query_order", "frequencies", "rope_scale")
+_TABLES = ("key_table", "key_scale", "key_zero", "key_weight", "value_table", "value_gain",
+           "value_offset")  # fmt: skip
+
+
+def rewrite(
+    source: fx.GraphModule,
+    layers: Sequence[MatchedLayer],
+    constants: Mapping[int, LayerConstants],
+) -> fx.GraphModule:
+    """A new graph on packed pages; ``source`` stays as it is, parameters are shared.
+
+    Args:
+        source: a captured graph with markers.
+        layers: what the passes proved about its sites.
+        constants: cache index -> the layer's constants.
+
+    Returns:
+        A graph module without any marker.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(source.graph, copies)
+    graph.output(output)
+    gm = fx.GraphModule(source, graph)
+    step = _add_inputs(graph, layers)
+    for layer in layers:
+        _rewrite_layer(gm, layer, constants[layer.plan.index], copies, step)
+    graph.eliminate_dead_code()
+    _drop_unused_inputs(graph)
+    graph.lint()
+    gm.recompile()
+    left = [n for n in graph.nodes if n.target in MARKERS]
+    assert not left, f"markers left after the rewrite: {left}"
+    return gm
+
+
+def _add_inputs(graph: fx.Graph, layers: Sequence[MatchedLayer]) -> dict[str, fx.Node]:
+    names = list(STEP_INPUTS)
+    for layer in layers:
+        names += [f"pages_{layer.plan.index}", f"sinks_{layer.plan.index}"]
+    last = list(graph.find_nodes(op="placeholder"))[-1]
+    nodes = {}
+    with graph.inserting_after(last):
+        for name in reversed(names):
+            nodes[name] = graph.placeholder(name)
+    return nodes
+
+
+def _rewrite_layer(
+    gm: fx.GraphModule,
+    layer: MatchedLayer,
+    constants: LayerConstants,
+    copies: Mapping[fx.Node, fx.Node],
+    step: Mapping[str, fx.Node],
+) -> None:
+    graph, index = gm.graph, layer.plan.index
+    append = copies[layer.append]
+    key, value = append.args[:2]
+    with graph.inserting_before(append):
+        tables, geometry = _constant_nodes(gm, index, constants)
+        stored = copies[layer.key_pre] if layer.plan.rope is not None else key
+        pages, sinks = step[f"pages_{index}"], step[f"sinks_{index}"]
+        graph.call_function(
+            ops.append,
+            (stored, value, step["slots"], step["table"], pages, sinks, tables, geometry,
+             str(constants.layout)),
+        )  # fmt: skip
+    cache = (step["slots"], step["history"], step["table"], step["positions"], pages, sinks,
+             tables, geometry)  # fmt: skip
+    for old, plan in zip(layer.attends, layer.plan.attends, strict=True):
+        _replace_attend(graph, copies[old], (key, value, *cache), plan, step, constants)
+
+
+def _replace_attend(
+    graph: fx.Graph,
+    old: fx.Node,
+    operands: tuple[object, ...],
+    plan: AttendPlan,
+    step: Mapping[str, fx.Node],
+    constants: LayerConstants,
+) -> None:
+    query, sink_logits = old.args[0], old.args[4]
+    with graph.inserting_before(old):
+        new = graph.call_function(
+            ops.attend,
+            (query, *operands, sink_logits, plan.scale, plan.softcap, plan.window,
+             step["exact_chunk"], str(constants.layout)),
+        )  # fmt: skip
+        output = graph.call_function(operator.getitem, (new, 0))
+    new.meta = {k: v for k, v in old.meta.items() if k != "val"}
+    output.meta = dict(old.meta)
+    old.replace_all_uses_with(output)
+    graph.erase_node(old)
+
+
+def _constant_nodes(
+    gm: fx.GraphModule, index: int, constants: LayerConstants
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """get_attr nodes of the layer's tables and geometry."""
+    tables, geometry = constants.arguments()
+    names = (_TABLES[: len(tables)], _GEOMETRY)
+    out: list[list[fx.Node]] = []
+    for group, tensors in zip(names, (tables, geometry), strict=True):
+        nodes = []
+        for name, tensor in zip(group, tensors, strict=True):
+            target = f"kvquant_{index}_{name}"
+            gm.register_buffer(target, tensor)
+            nodes.append(gm.graph.get_attr(target))
+        out.append(nodes)
+    return out[0], out[1]
+
+
+def _drop_unused_inputs(graph: fx.Graph) -> None:
+    for node in list(graph.find_nodes(op="placeholder")):
+        if not node.users:
+            graph.erase_node(node)
