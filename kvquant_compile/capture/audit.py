@@ -1,0 +1,71 @@
+"""Does every attention of the model go through a marker? Refuse loudly where it does not."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from kvquant_compile.capture.hf_hooks import Firings
+from kvquant_compile.capture.markers import APPEND, ATTEND
+from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
+
+
+def bypass_error(name: str) -> UnsupportedModelError:
+    """The refusal of a model with attention code of its own."""
+    return UnsupportedModelError(
+        f"{name} cannot be captured",
+        why="it appends to its cache but computes attention in code of its own, which bypasses"
+        " the attention interface of transformers",
+        do="Use a model that follows the interface; a wrong capture would be silent.",
+    )
+
+
+def audit_firings(name: str, seen: Firings) -> None:
+    """Check what an eager run of the marked model did.
+
+    Raises:
+        UnsupportedModelError: no append (no key-value cache), or appends without attention.
+    """
+    if not seen.appends:
+        raise UnsupportedModelError(
+            f"{name} cannot be captured",
+            why="no layer appended keys and values to a cache: it is no decoder, or its cache is"
+            " of another kind",
+            do="Use a decoder-only language model with a key-value cache.",
+        )
+    if seen.attends < seen.appends:
+        raise bypass_error(name)
+
+
+def audit_graph(graph: fx.Graph, seen: Firings) -> None:
+    """Check that the graph holds every site of the eager run, and that each cache is read.
+
+    Raises:
+        UnsupportedLayerError: a site was lost, or what is attended is not what was appended.
+    """
+    appends = graph.find_nodes(op="call_function", target=APPEND)
+    attends = graph.find_nodes(op="call_function", target=ATTEND)
+    if (len(appends), len(attends)) != (seen.appends, seen.attends):
+        raise UnsupportedLayerError(
+            "the captured graph is not the model",
+            why=f"{seen.appends} appends and {seen.attends} attentions ran, but the graph has"
+            f" {len(appends)} and {len(attends)}",
+            do="Report the model.",
+        )
+    for attend in attends:
+        sources = [getattr(arg, "args", (None,))[0] for arg in attend.args[1:3]]
+        if sources[0] is not sources[1] or sources[0] not in appends:
+            raise UnsupportedLayerError(
+                "an attention layer cannot be captured",
+                where=f"layer {attend.args[5]}",
+                why="the keys and values it attends to are not the cache's as appended, but"
+                " computed from them (as in multi-head latent attention)",
+                do="Such layers are not supported.",
+            )
+    for append in appends:
+        if not any(user in attends for part in append.users for user in part.users):
+            raise UnsupportedLayerError(
+                "a cache layer cannot be captured",
+                where=f"layer {append.args[2]}",
+                why="its keys and values are appended but no attention reads them",
+                do="Report the model.",
+            )

@@ -1,0 +1,213 @@
+"""How markers get into a transformers model; the only module that touches its internals.
+
+Tested with transformers 5.16 to 5.23. Public seams used: ``AttentionInterface``,
+``AttentionMaskInterface``, ``DynamicCache`` and its layer classes. Not public, and therefore
+confined to this file: ``config._attn_implementation`` (read and restored), and the contract of a
+mask function, ``f(batch, head, query, key) -> bool tensor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvquant_compile.capture.mask_kind import MaskKind, mask_kind
+from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
+from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
+
+INTERFACE = "kvquant_capture"
+_PLAIN_UPDATES = {DynamicLayer.update, DynamicSlidingWindowLayer.update}
+
+# Arguments of attention functions that do not change the result. Anything else is refused: a
+# model once passed a bias that way, and dropping it was silently wrong.
+_HARMLESS = frozenset(
+    {"dropout", "position_ids", "cache_position", "use_cache", "return_dict"}
+    | {"output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"}
+)
+
+
+@dataclass
+class Firings:
+    """What the markers saw during one run of the model; masks are classified in eager runs."""
+
+    appends: int = 0
+    attends: int = 0
+    masks: list[MaskKind] = field(default_factory=list)
+    replaying: bool = False
+    replayed: int = 0
+
+
+class CaptureLayer(DynamicLayer):
+    """A cache layer that emits append markers and never windows; it holds no tensors."""
+
+    def __init__(self, index: int, past: int, seen: Firings) -> None:
+        super().__init__()
+        self.index, self.past, self.seen, self.new = index, past, seen, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Mark the append; k [B, Hkv, S, D] and v [B, Hkv, S, Dv]."""
+        self.seen.appends += 1
+        self.new = key_states.shape[-2]
+        return APPEND(key_states, value_states, self.index, self.past)
+
+    def get_seq_length(self) -> int:
+        """Tokens before and, once updated, in this call."""
+        return self.past + self.new
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover every cached token: windows stay in the mask."""
+        return self.past + query_length, 0
+
+
+def capture_cache(config: Any, past: int, seen: Firings) -> DynamicCache:
+    """The model's own cache with every attention layer replaced by a :class:`CaptureLayer`.
+
+    Raises:
+        UnsupportedModelError: a layer keeps another state than keys and values.
+    """
+    cache = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        if type(layer).update not in _PLAIN_UPDATES:
+            raise UnsupportedModelError(
+                "the model cannot be captured",
+                why=f"its cache layer {index} is a {type(layer).__name__}, which keeps more than"
+                " keys and values (a recurrent or indexed state)",
+                do="Hybrid models are not supported; use a model with attention in every layer.",
+            )
+        cache.layers[index] = CaptureLayer(index, past, seen)
+    return cache
+
+
+_active: Firings = Firings()
+
+
+def _attention_marker(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: Any = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    sinks = others.pop("s_aux", None)
+    sinks = others.pop("sinks", None) if sinks is None else sinks
+    layer = int(getattr(module, "layer_idx", None) or 0)
+    _refuse_unknown(module, layer, others, sinks)
+    window = sliding_window[0] if isinstance(sliding_window, (tuple, list)) else sliding_window
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    _active.attends += 1
+    out = ATTEND(
+        query, key, value, attention_mask, sinks, layer,
+        float(scale), float(softcap or 0.0), int(window or 0), bool(causal),
+    )  # fmt: skip
+    return out, None
+
+
+def _refuse_unknown(
+    module: nn.Module, layer: int, others: dict[str, Any], sinks: Tensor | None
+) -> None:
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
+    if sinks is not None and sinks.ndim != 1:
+        unknown.append("sinks that depend on the token")
+    if unknown:
+        raise UnsupportedLayerError(
+            "an attention layer cannot be captured",
+            where=f"{type(module).__name__}, layer {layer}",
+            why=f"it passes {', '.join(unknown)} to the attention function, whose meaning is"
+            " not known here",
+            do="Report the model; guessing would give silently wrong attention.",
+        )
+
+
+def _mask_marker(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor:
+    kind = _next_kind(mask_function)
+    past = kv_length - q_length
+    return MASK(
+        attention_mask, batch_size, q_length, past, kind.kind, kind.window, torch.device(device)
+    )
+
+
+def _next_kind(function: Callable[..., Tensor] | None) -> MaskKind:
+    """Classify in the eager run; while tracing, tensors have no data, so replay the answers."""
+    if _active.replaying:
+        _active.replayed += 1
+        return _active.masks[_active.replayed - 1]
+    if function is None:
+        raise UnsupportedLayerError(
+            "an attention mask cannot be captured", why="its rule is not given",
+            do="Report the model.",
+        )  # fmt: skip
+
+    def visible(query: Tensor, key: Tensor) -> Tensor:
+        zero = torch.zeros_like(query)
+        return function(zero, zero, query, key)
+
+    kind = mask_kind(visible)
+    if not kind.understood:
+        raise UnsupportedLayerError(
+            "an attention mask cannot be captured",
+            why="it is neither causal nor a sliding window (chunked, block-wise or custom): "
+            + kind.reason,
+            do="Models with such masks are not supported.",
+        )
+    _active.masks.append(kind)
+    return kind
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object of the model, sub-configurations after their parents."""
+    found: list[Any] = []
+    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    while queue:
+        config = queue.pop(0)
+        if config is None or any(config is other for other in found):
+            continue
+        found.append(config)
+        queue += [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    return found
+
+
+@contextmanager
+def markers_in(model: PreTrainedModel, seen: Firings) -> Iterator[None]:
+    """Attention and masks of the model are markers inside the block; all is restored after it.
+
+    The names stay registered, which changes no model. Not re-entrant and not thread-safe:
+    transformers keeps one global table of attention functions.
+    """
+    global _active
+    AttentionInterface.register(INTERFACE, _attention_marker)
+    AttentionMaskInterface.register(INTERFACE, _mask_marker)
+    configs = [(config, config._attn_implementation) for config in _configs(model)]
+    previous, _active = _active, seen
+    try:
+        for config, _ in configs:
+            config._attn_implementation = INTERFACE
+        yield
+    finally:
+        _active = previous
+        for config, implementation in configs:
+            config._attn_implementation = implementation

@@ -1,0 +1,69 @@
+"""What a mask means, found by evaluating it: causal, causal within a sliding window, or other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.capture.reference import CAUSAL, SLIDING
+
+# The farthest query that is asked for its window; wider windows count as none, since no context
+# of that length is stored by these models.
+FARTHEST = 1 << 20
+_SAMPLES = 4096
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """``causal``, ``sliding`` with its window, or ``other`` with the first disagreement."""
+
+    kind: str
+    window: int = 0
+    reason: str = ""
+
+    @property
+    def understood(self) -> bool:
+        """Whether the mask is one that a cache can serve."""
+        return self.kind in (CAUSAL, SLIDING)
+
+
+def mask_kind(visible: Callable[[Tensor, Tensor], Tensor]) -> MaskKind:
+    """Classify a mask given as a predicate on positions.
+
+    Args:
+        visible: maps query and key positions (int64 tensors [N]) to bool [N].
+
+    The window is what the farthest query sees; the answer then has to hold for thousands of
+    sampled pairs, near and far, or the mask is ``other``.
+    """
+    keys = torch.arange(FARTHEST + 2)
+    row = visible(torch.full_like(keys, FARTHEST), keys)
+    seen = int(row.sum())
+    window = 0 if seen == FARTHEST + 1 else seen
+    if seen == 0:
+        return MaskKind("other", reason=f"query {FARTHEST} sees no key")
+    query, key = _sample_pairs(seen)
+    wrong = visible(query, key) != _expected(query, key, window)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        return MaskKind("other", reason=f"query {int(query[i])} and key {int(key[i])} disagree")
+    return MaskKind(SLIDING, window) if window else MaskKind(CAUSAL)
+
+
+def _expected(query: Tensor, key: Tensor, window: int) -> Tensor:
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
+
+
+def _sample_pairs(seen: int) -> tuple[Tensor, Tensor]:
+    """All pairs among the first positions, random pairs, and pairs at the window's edge."""
+    generator = torch.Generator().manual_seed(0)
+    near = torch.cartesian_prod(torch.arange(80), torch.arange(80))
+    query = torch.randint(0, FARTHEST, (_SAMPLES,), generator=generator)
+    far = torch.stack([query, (query * torch.rand(_SAMPLES, generator=generator)).long()], 1)
+    edges = [torch.stack([query, (query - seen + d).clamp(min=0)], 1) for d in (-1, 0, 1, 2)]
+    diagonal = [torch.stack([query, query + d], 1) for d in (0, 1)]
+    return torch.cat([near, far, *edges, *diagonal]).unbind(1)  # type: ignore[return-value]

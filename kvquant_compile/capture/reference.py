@@ -1,0 +1,96 @@
+"""The plain meaning of the marker ops: exact masks and exact attention, in differentiable torch.
+
+Everything here is the definition against which rewritten graphs are compared; nothing is fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CAUSAL = "causal"
+SLIDING = "sliding"
+
+
+def visible_keys(queries: int, past: int, window: int, device: torch.device | str) -> Tensor:
+    """Which keys each query sees: bool [queries, past + queries]; ``window`` 0 means no window.
+
+    Query i stands at position ``past + i``; key j is visible iff ``j <= past + i`` and, with a
+    window, ``j > past + i - window``.
+    """
+    query = torch.arange(past, past + queries, device=device)[:, None]
+    key = torch.arange(past + queries, device=device)[None, :]
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
+
+
+def exact_mask(
+    padding: Tensor | None, batch: int, queries: int, past: int, window: int, device: torch.device
+) -> Tensor:
+    """The bool mask [batch, 1, queries, past + queries]; True where a key is attended.
+
+    Args:
+        padding: [batch, past + queries], nonzero for real tokens; None when none is padded.
+        batch, queries, past: sizes; ``past`` counts the cached tokens.
+        window: sliding window, 0 for none.
+        device: where the mask is made.
+    """
+    seen = visible_keys(queries, past, window, device)[None, None].expand(batch, 1, -1, -1)
+    if padding is None:
+        return seen
+    return seen & padding.bool()[:, None, None, : past + queries]
+
+
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """Attention as the model defines it, differentiable in q, k, v and sinks.
+
+    Args:
+        q: [B, Hq, S, D]; Hq a multiple of Hkv.
+        k, v: [B, Hkv, T, D] and [B, Hkv, T, Dv].
+        mask: bool [B or 1, 1 or Hq, S, T], True where attended; None attends to everything.
+        sinks: [Hq] logits that join each softmax without a value, or None.
+        scaling: factor of the scores.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
+
+    Returns:
+        [B, S, Hq, Dv] in the dtype of v.
+    """
+    if mask is not None:
+        # A row without any visible key (left padding) would give NaN, which then leaks into
+        # other rows through 0 * NaN: let such rows attend to everything, nobody reads them.
+        mask = mask | ~mask.any(-1, keepdim=True)
+    if sinks is None and not softcap:
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+    weights = _weights(q, k, mask, sinks, scaling, softcap).to(v.dtype)
+    return (weights @ _repeat_heads(v, q.shape[1])).transpose(1, 2)
+
+
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    scores = (q @ _repeat_heads(k, q.shape[1]).transpose(2, 3)).float() * scaling
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], 1)

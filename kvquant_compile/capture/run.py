@@ -1,0 +1,93 @@
+"""Running a captured graph whole, with a cache, or in part, with values put in at chosen nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvquant_compile.capture.markers import APPEND
+
+Store = dict[int, tuple[Tensor, Tensor]]
+
+
+class _MarkedRun(fx.Interpreter):
+    """Interprets a graph with markers; append reads and grows a store."""
+
+    def __init__(self, gm: fx.GraphModule, store: Store) -> None:
+        super().__init__(gm)
+        self.store = store
+
+    def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if target is not APPEND:
+            return super().call_function(target, args, kwargs)
+        k, v, layer, past = args
+        if past:
+            old_k, old_v = self.store[layer]
+            k, v = torch.cat([old_k[:, :, :past], k], 2), torch.cat([old_v[:, :, :past], v], 2)
+        self.store[layer] = (k, v)
+        return k, v
+
+
+def run_marked(gm: fx.GraphModule, store: Store, *inputs: Any) -> Any:
+    """Run a captured graph in full precision at any past length; the lossless reference.
+
+    Args:
+        gm: a captured graph.
+        store: cache index -> (keys, values), each [B, Hkv, tokens, D]; grown in place. Empty for
+            a first call; tokens beyond ``past`` are dropped.
+        inputs: the graph's inputs in placeholder order, ``past`` (a plain int) among them.
+    """
+    return _MarkedRun(gm, store).run(*inputs)
+
+
+class Evaluator:
+    """Lazily evaluates nodes of a graph from given values of some of them.
+
+    Args:
+        gm: the module whose graph and attributes are read.
+        values: node -> value; these nodes are taken as given, nothing before them is computed.
+    """
+
+    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> None:
+        self.gm = gm
+        self.values: dict[fx.Node, Any] = dict(values)
+
+    def __call__(self, node: fx.Node) -> Any:
+        """The value of a node.
+
+        Raises:
+            KeyError: it depends on a placeholder without a value.
+        """
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            missing = [n for n in current.all_input_nodes if n not in self.values]
+            if current in self.values:
+                pending.pop()
+            elif missing:
+                pending += missing
+            else:
+                self.values[pending.pop()] = self._compute(current)
+        return self.values[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            raise KeyError(node.name)
+        if node.op == "get_attr":
+            return attribute(self.gm, str(node.target))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if node.op == "call_module":
+            return self.gm.get_submodule(str(node.target))(*args, **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def attribute(gm: fx.GraphModule, target: str) -> Any:
+    """The parameter, buffer or constant which a get_attr node names."""
+    value: Any = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,183 @@
+"""Capture of a transformers decoder: hooks in, export, hooks out, compare."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from kvquant_compile.capture.audit import audit_firings, audit_graph, bypass_error
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input
+from kvquant_compile.capture.hf_hooks import Firings, capture_cache, markers_in
+from kvquant_compile.capture.hf_selfcheck import self_check
+from kvquant_compile.errors import KVQuantError, UnsupportedModelError
+
+# Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
+_BATCH, _TOKENS, _PAST = 2, 6, 5
+_OTHER_MODEL = "Use a decoder-only language model with a key-value cache."
+
+
+class _Flat(nn.Module):
+    """The backbone with flat inputs; the cache is built inside, so no Cache is an input."""
+
+    def __init__(self, backbone: nn.Module, config: Any, seen: Firings) -> None:
+        super().__init__()
+        self.backbone, self.config, self.seen = backbone, config, seen
+        self.takes = set(inspect.signature(backbone.forward).parameters)
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor, position_ids: Tensor, past: int
+    ) -> Tensor:
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+        out = self.backbone(
+            inputs_embeds=hidden,
+            past_key_values=capture_cache(self.config, past, self.seen),
+            use_cache=True,
+            **{name: value for name, value in inputs.items() if name in self.takes},
+        )
+        return out.last_hidden_state
+
+
+def capture_transformers(model: PreTrainedModel) -> Captured:
+    """Capture the text backbone of a transformers model.
+
+    The model is the same afterwards, training mode and attention implementation included.
+
+    Raises:
+        UnsupportedModelError: not a decoder with a key-value cache, or one whose attention does
+            not go through the attention interface, or whose graph does not reproduce it.
+        UnsupportedLayerError: an attention or mask of unknown meaning.
+    """
+    refuse_by_config(model)
+    backbone = find_backbone(model)
+    parameter = next(p for p in backbone.parameters() if p.is_floating_point())
+    with evaluation_mode(model), torch.no_grad():
+        seen = _eager_run(model, backbone, parameter)
+        program = _export(model, backbone, parameter, seen)
+        gm = flat_graph(program)
+        optional = mask_from_input(gm, "attention_mask")
+        audit_graph(gm.graph, seen)
+        evidence = self_check(gm, backbone, parameter, seen, mask_optional=optional)
+    return Captured(
+        gm, "transformers", model, backbone, parameter.device, parameter.dtype, optional,
+        evidence=evidence,
+    )  # fmt: skip
+
+
+def refuse_by_config(model: PreTrainedModel) -> None:
+    """Refuse what the configuration alone rules out.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder, dynamic RoPE, or weights on the meta device.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} cannot be captured", why="it is an encoder-decoder model", do=_OTHER_MODEL
+        )
+    if _mentions_dynamic_rope(model.config.to_dict()):
+        raise UnsupportedModelError(
+            f"{name} cannot be captured",
+            why='its rope_type is "dynamic": cos and sin depend on data (the longest position'
+            " seen so far), so no cached key has one fixed rotation",
+            do='Set another rope_type in the config, such as "yarn" or "linear".',
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise UnsupportedModelError(
+            f"{name} cannot be captured",
+            why="parameters are on the meta device, so the graph cannot be compared with it",
+            do="Load the weights first.",
+        )
+
+
+def _mentions_dynamic_rope(config: Any) -> bool:
+    if isinstance(config, dict):
+        named = config.get("rope_type", config.get("type"))
+        return named == "dynamic" or any(map(_mentions_dynamic_rope, config.values()))
+    return False
+
+
+def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The module that maps embedded tokens and a cache to the last hidden state.
+
+    Raises:
+        UnsupportedModelError: there is none, so the model keeps no key-value cache.
+    """
+    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if not isinstance(backbone, PreTrainedModel):
+        backbone = model.base_model
+    takes = inspect.signature(backbone.forward).parameters
+    missing = [name for name in ("inputs_embeds", "past_key_values") if name not in takes]
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured",
+            where=type(backbone).__name__,
+            why=f"its forward takes no {' and no '.join(missing)}: it is no decoder with a"
+            " key-value cache",
+            do=_OTHER_MODEL,
+        )
+    return backbone
+
+
+def _inputs(backbone: PreTrainedModel, like: Tensor, batch: int, tokens: int, past: int) -> Any:
+    width = backbone.get_input_embeddings().weight.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(batch, tokens, width, generator=generator).to(like)
+    mask = torch.ones(batch, past + tokens, dtype=torch.long, device=like.device)
+    positions = torch.arange(past, past + tokens, device=like.device).repeat(batch, 1)
+    return hidden, mask, positions, past
+
+
+def _text_config(backbone: PreTrainedModel) -> Any:
+    return backbone.config.get_text_config(decoder=True)
+
+
+def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) -> Firings:
+    """One plain run with markers: classifies the masks and counts the sites."""
+    seen = Firings()
+    try:
+        with markers_in(model, seen):
+            flat = _Flat(backbone, _text_config(backbone), seen)
+            flat(*_inputs(backbone, like, _BATCH, _TOKENS, 0))
+    except KVQuantError:
+        raise
+    except Exception as error:
+        if seen.appends and not seen.attends:
+            raise bypass_error(type(model).__name__) from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured",
+            why=f"its backbone does not run on embedded tokens and a cache: {error}",
+            do=_OTHER_MODEL,
+        ) from error
+    audit_firings(type(model).__name__, seen)
+    return seen
+
+
+def _export(
+    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, eager: Firings
+) -> torch.export.ExportedProgram:
+    tracing = Firings(masks=eager.masks, replaying=True)
+    two = {0: Dim.AUTO, 1: Dim.AUTO}
+    shapes = {"hidden": two, "attention_mask": two, "position_ids": two, "past": Dim.DYNAMIC}
+    try:
+        with markers_in(model, tracing):
+            return torch.export.export(
+                _Flat(backbone, _text_config(backbone), tracing),
+                _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except KVQuantError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured",
+            why=f"torch.export failed: {str(error).strip().splitlines()[0]}",
+            do="Models whose Python control flow depends on tensor data are not supported.",
+        ) from error

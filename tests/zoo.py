@@ -1,0 +1,86 @@
+"""Tiny random decoders for tests: transformers models and hand-written ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 128
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+
+# What differs from the common table, by model type.
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {**_GROUPED},
+    "mistral": {**_GROUPED, "sliding_window": 8, "head_dim": 16},
+    "qwen2": {**_GROUPED},
+    "qwen3": {**_GROUPED, "head_dim": 32},
+    "gemma2": {
+        **_GROUPED,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+    },
+    "gpt_neox": {"partial_rotary_factor": 0.25},
+    "cohere": {**_GROUPED},
+    "phi3": {**_GROUPED, "sliding_window": 8},
+    "gpt2": {"n_positions": 512},
+    "gptj": {"rotary_dim": 8, "n_positions": 512},
+    "falcon": {},
+    "hunyuan_v1_dense": {**_GROUPED, "head_dim": 16},
+    "olmo2": {**_GROUPED},
+    "glm": {**_GROUPED, "head_dim": 16},
+    "gpt_oss": {
+        **_GROUPED,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+def tiny(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny random causal LM with every parameter randomised, norm weights and biases too.
+
+    Weights of 1 in a norm hide it from numeric probes, so none is left at its initial value.
+    """
+    settings = {**_SMALL, **_OWN.get(model_type, {}), **overrides}
+    config = AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    return randomise(model, seed).eval()
+
+
+def randomise(model: Any, seed: int = 0) -> Any:
+    """Perturb every parameter in place; deterministic for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise, alpha=0.1 if parameter.ndim > 1 else 0.3)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 12, *, seed: int = 0) -> torch.Tensor:
+    """Random token ids [batch, length], none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+__all__ = ["VOCAB", "nn", "randomise", "tiny", "tokens"]
