@@ -1,0 +1,173 @@
+"""What calibration sees: keys before RoPE, values, and the loss's gradients at both.
+
+The captured graph itself is run, with its markers, under autograd; nothing is hooked into the
+model's modules, so the same code serves every architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.passes.recognise import MatchedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """One layer's calibration tokens (N tokens, H kv heads), float32.
+
+    Attributes:
+        keys: [H, N, key_dim], before RoPE where the plan stores them so.
+        values: [H, N, value_dim].
+        key_gradients, value_gradients: of the mean next-token loss of a window, times the
+            window's tokens; same shapes, or None.
+        places: int64 [N], place of the token in its window (sinks are the first).
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_gradients: Tensor | None
+    value_gradients: Tensor | None
+    places: Tensor
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a captured graph and keeps the values of some nodes."""
+
+    def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.wanted, self.seen = wanted, {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.seen[n] = value
+        return value
+
+
+def observe(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    batches: Iterable[Tensor],
+    gradients: bool,
+) -> dict[int, Observed]:
+    """Keys, values and gradients of every layer over calibration windows.
+
+    Args:
+        captured: the captured model.
+        layers: the matched append sites.
+        batches: token ids int64 [B, S] each.
+        gradients: whether to run the backward pass (Fisher information, KVQuant section 3.2).
+
+    Returns:
+        cache index -> observations of all tokens, in order.
+    """
+    nodes = [_stored_nodes(layer) for layer in layers]
+    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in layers]
+    places: list[Tensor] = []
+    with _frozen_parameters(captured.model):
+        for ids in batches:
+            found = _one_batch(captured, nodes, ids.to(captured.device), gradients)
+            for part, values in zip(parts, found, strict=True):
+                part.append(values)
+            places.append(torch.arange(ids.shape[1]).repeat(ids.shape[0]))
+    where = torch.cat(places)
+    return {
+        layer.plan.index: _join(part, where) for layer, part in zip(layers, parts, strict=True)
+    }
+
+
+def _stored_nodes(layer: MatchedLayer) -> tuple[fx.Node, fx.Node]:
+    return (layer.key_pre if layer.plan.rope is not None else layer.key), layer.value
+
+
+def _one_batch(
+    captured: Captured, nodes: list[tuple[fx.Node, fx.Node]], ids: Tensor, gradients: bool
+) -> list[tuple[Tensor, ...]]:
+    """(keys, values[, gradients of both]) of every layer, [H, B * S, D] each."""
+    recorder = _Recorder(captured.graph_module, {n for pair in nodes for n in pair})
+    with torch.set_grad_enabled(gradients):
+        logits = run_captured(captured, recorder.run, ids)
+        flat = [recorder.seen[n] for pair in nodes for n in pair]
+        tensors = [t.detach() for t in flat]
+        if gradients:
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+            )
+            grads = torch.autograd.grad(loss, flat)
+            return [
+                tuple(map(_tokens, (tensors[i], tensors[i + 1], grads[i], grads[i + 1])))
+                for i in range(0, len(flat), 2)
+            ]
+    return [tuple(map(_tokens, tensors[i : i + 2])) for i in range(0, len(flat), 2)]
+
+
+def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Tensor:
+    """Logits [B, S, vocab] of ``ids`` with no past, the captured graph executed by ``run``."""
+    if captured.convention == "functional":
+        return run(ids, 0)
+    backbone, positions = captured.backbone, torch.arange(ids.shape[1], device=ids.device)
+    hidden = backbone.get_input_embeddings()(ids)
+    if torch.is_grad_enabled():
+        hidden = hidden.detach().requires_grad_()
+    names = [str(n.target) for n in captured.graph_module.graph.find_nodes(op="placeholder")]
+    inputs = {
+        "hidden": hidden,
+        "attention_mask": None if captured.mask_optional else torch.ones_like(ids),
+        "position_ids": positions.expand_as(ids),
+        "past": 0,
+    }
+    last = run(*(inputs[name] for name in names))
+    with _constant_backbone(backbone, last):
+        return captured.model(input_ids=ids, use_cache=False).logits
+
+
+@contextlib.contextmanager
+def _constant_backbone(backbone: nn.Module, last: Tensor) -> Iterator[None]:
+    """The backbone answers with ``last``: the model's head then does what is its own to do
+    (scaling, soft-capping, its projection)."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    before = backbone.__dict__.get("forward")
+    backbone.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=last)
+    try:
+        yield
+    finally:
+        del backbone.forward
+        if before is not None:
+            backbone.forward = before
+
+
+@contextlib.contextmanager
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """No gradient is computed for, or left on, the user's parameters; modules keep their mode."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = {m: m.training for m in model.modules()}
+    for p in trainable:
+        p.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, H, S, D] -> float32 [H, B * S, D] on the CPU's or the model's device."""
+    return x.detach().float().transpose(0, 1).flatten(1, 2)
+
+
+def _join(parts: list[tuple[Tensor, ...]], places: Tensor) -> Observed:
+    joined = [torch.cat(column, 1) for column in zip(*parts, strict=True)]
+    gradients = joined[2:] if len(joined) == 4 else (None, None)
+    return Observed(joined[0], joined[1], gradients[0], gradients[1], places.to(joined[0].device))

@@ -1,0 +1,84 @@
+"""The options of ``optimize``, checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvquant_compile.codec.layout import lossless_spec
+from kvquant_compile.codec.spec import LOSSLESS, CodecSpec
+from kvquant_compile.errors import OptionError
+
+Bits = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """What the user asked of the storage format.
+
+    Attributes:
+        bits: a width for keys and values, a (key, value) pair, or cache index -> either.
+        slots: outlier slots per (token, head) of keys and of values, 0..4.
+        sinks: leading tokens kept exactly, 0..64.
+    """
+
+    bits: Bits | Mapping[int, Bits] = 3
+    slots: int = 1
+    sinks: int = 1
+
+    def __post_init__(self) -> None:
+        for name, most in (("slots", 4), ("sinks", 64)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+                raise OptionError(
+                    f"{name}={value!r}",
+                    why=f"it must be a whole number from 0 to {most}",
+                    do="Leave it out for the default.",
+                )
+        values = self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]
+        for value in values:
+            _pair(value)
+
+    def spec(self, index: int, token_scale: bool = False) -> CodecSpec:
+        """The format of one cache layer.
+
+        Raises:
+            OptionError: ``bits`` is a mapping without this layer.
+        """
+        bits = self.bits
+        if isinstance(bits, Mapping):
+            if index not in bits:
+                raise OptionError(
+                    "bits does not name every layer",
+                    where=f"layer {index}",
+                    why="a mapping must give the width of each cache layer",
+                    do=f"Add an entry for layer {index}, or pass one width for all.",
+                )
+            bits = bits[index]
+        key, value = _pair(bits)
+        if key == LOSSLESS:
+            return lossless_spec()
+        return CodecSpec(key, value, self.slots, self.slots, token_scale, self.sinks)
+
+
+def _pair(bits: Any) -> tuple[int, int]:
+    pair = bits if isinstance(bits, tuple | list) else (bits, bits)
+    if len(pair) != 2 or not all(_is_width(b) for b in pair):
+        raise OptionError(
+            f"bits={bits!r}",
+            why="a width is a whole number from 1 to 8, or 16 for lossless storage",
+            do="Pass bits=3, a pair (key_bits, value_bits), or {layer: width}.",
+        )
+    if (pair[0] == LOSSLESS) != (pair[1] == LOSSLESS):
+        raise OptionError(
+            f"bits={bits!r}",
+            why="lossless storage holds keys and values alike",
+            do="Pass bits=16, or widths from 1 to 8 for both.",
+        )
+    return pair[0], pair[1]
+
+
+def _is_width(bits: Any) -> bool:
+    whole = isinstance(bits, int) and not isinstance(bits, bool)
+    return whole and (1 <= bits <= 8 or bits == LOSSLESS)

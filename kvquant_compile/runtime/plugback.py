@@ -1,0 +1,242 @@
+"""Putting a program behind a model's own ``forward`` and ``generate``, and taking it out again.
+
+Only instance attributes of the model change: the backbone's ``forward`` and, for transformers
+models, ``_prepare_cache_for_generation``. Class, config, parameters, state dict and every other
+method stay the user's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.errors import OptionError, UnsupportedModelError
+from kvquant_compile.runtime.cache import QuantizedCache
+from kvquant_compile.runtime.program import Program
+
+ATTRIBUTE = "_kvquant"
+
+
+@dataclass(eq=False)
+class Installed:
+    """What an optimised model carries; the only mutable state of the library.
+
+    Attributes:
+        program: the rewritten graph.
+        captured: the captured original.
+        report: what ``explain`` shows.
+        attend_quantized: every query reads every token, its own included, from the packed
+            cache, also where ``use_cache`` is off. Honest evaluation needs it.
+        warned: reasons already warned about.
+    """
+
+    program: Program
+    captured: Captured
+    report: Any
+    attend_quantized: bool = False
+    warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, reason: str) -> None:
+        """One warning per reason and model."""
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(f"kvquant_compile: {reason}", stacklevel=4)
+
+
+def installed(model: nn.Module) -> Installed:
+    """The state of an optimised model.
+
+    Raises:
+        OptionError: the model is not optimised.
+    """
+    state = model.__dict__.get(ATTRIBUTE)
+    if state is None:
+        raise OptionError(
+            f"{type(model).__name__} is not optimised",
+            why="kvquant_compile.optimize was not called on it, or restore was",
+            do="Call kvquant_compile.optimize(model) first.",
+        )
+    return state
+
+
+def install(model: nn.Module, state: Installed, output_type: type | None) -> None:
+    """Put the program behind the model; ``output_type`` is what its backbone returns."""
+    backbone = state.captured.backbone
+    if state.captured.convention == "transformers":
+        assert output_type is not None
+        backbone.forward = _backbone_forward(backbone, state, output_type)
+        if hasattr(model, "_prepare_cache_for_generation"):
+            prepare = _prepare_cache(model._prepare_cache_for_generation, state)
+            model._prepare_cache_for_generation = prepare  # type: ignore[assignment]
+    else:
+        backbone.forward = _functional_forward(backbone, state)
+    model.__dict__[ATTRIBUTE] = state
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give the model its own behaviour back."""
+    state = installed(model)
+    state.captured.backbone.__dict__.pop("forward", None)
+    model.__dict__.pop("_prepare_cache_for_generation", None)
+    del model.__dict__[ATTRIBUTE]
+
+
+def _prepare_cache(original: Callable[..., Any], state: Installed) -> Callable[..., Any]:
+    """generate's cache factory: ours, unless the user passed a cache or asked for another."""
+
+    @functools.wraps(original)
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        chosen = generation_config.cache_implementation
+        if chosen not in (None, "dynamic"):
+            raise OptionError(
+                f"cache_implementation={chosen!r} on an optimised model",
+                why="it asks for a full-precision cache where the optimised one would be used",
+                do="Drop the option, or call kvquant_compile.restore(model) first.",
+            )
+        wants_cache = generation_config.use_cache is not False
+        if model_kwargs.get("past_key_values") is None and wants_cache:
+            model_kwargs["past_key_values"] = state.program.new_cache()
+            return None
+        return original(generation_config, model_kwargs, *args, **kw)
+
+    return prepare
+
+
+def _backbone_forward(
+    backbone: nn.Module, state: Installed, output_type: type
+) -> Callable[..., Any]:
+    original = backbone.forward
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        given.update(given.pop("kwargs", {}))
+        cache = given.get("past_key_values")
+        reason = _why_original(backbone, state, given, cache)
+        if reason is not None:
+            if reason:
+                state.warn_once(reason)
+            return original(*args, **kwargs)
+        _refuse_unsupported(given)
+        owned = cache if cache is not None else state.program.new_cache()
+        hidden = _run_backbone(backbone, state, given, owned)
+        keep = cache is not None or _wants_cache(backbone, given)
+        result = output_type(last_hidden_state=hidden, past_key_values=owned if keep else None)
+        return result if given.get("return_dict", True) is not False else result.to_tuple()
+
+    return forward
+
+
+def _wants_cache(backbone: nn.Module, given: dict[str, Any]) -> bool:
+    use_cache = given.get("use_cache")
+    return bool(backbone.config.use_cache if use_cache is None else use_cache)
+
+
+def _why_original(
+    backbone: nn.Module, state: Installed, given: dict[str, Any], cache: Any
+) -> str | None:
+    """Why a call must go to the original forward: a reason to warn about, "" for a silent one
+    (nothing the user expects to be compressed), None when the program runs."""
+    if isinstance(cache, QuantizedCache):
+        return None
+    if cache is not None:
+        return (
+            f"a {type(cache).__name__} was passed, so this call runs the original "
+            "full-precision model; pass no cache, or one made by the optimised model"
+        )
+    if backbone.training:
+        return "the model is in training mode and runs unquantised; call model.eval()"
+    if not _wants_cache(backbone, given) and not state.attend_quantized:
+        return ""
+    return None
+
+
+def _refuse_unsupported(given: dict[str, Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if given.get(name):
+            raise OptionError(
+                f"{name}=True on an optimised model",
+                why="the fused graph never materialises them",
+                do="Call kvquant_compile.restore(model) to inspect the original.",
+            )
+
+
+def _run_backbone(
+    backbone: nn.Module, state: Installed, given: dict[str, Any], cache: QuantizedCache
+) -> Tensor:
+    hidden = given.get("inputs_embeds")
+    if hidden is None:
+        hidden = backbone.get_input_embeddings()(given["input_ids"])
+    _check_placement(state.program, hidden)
+    batch, steps = hidden.shape[:2]
+    positions = _positions(given.get("position_ids"), batch, steps, cache)
+    mask = given.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise OptionError(
+            f"a {mask.ndim}-D attention mask on an optimised model",
+            why="only the causal (or sliding) mask with 2-D padding is compiled in",
+            do="Pass the 2-D padding mask [batch, tokens].",
+        )
+    inputs = {
+        "hidden": hidden,
+        "position_ids": positions,
+        "attention_mask": mask,
+        "past": cache.columns,
+    }
+    return state.program.run(inputs, cache, positions, mask, not state.attend_quantized)
+
+
+def _positions(given: Tensor | None, batch: int, steps: int, cache: QuantizedCache) -> Tensor:
+    if given is None:
+        given = torch.arange(cache.columns, cache.columns + steps, device=cache.device)[None]
+    if given.ndim != 2:
+        raise OptionError(
+            f"position_ids with {given.ndim} axes",
+            why="keys are rotated on reading by one position per token",
+            do="Pass position_ids of shape [batch, tokens].",
+        )
+    return given.to(cache.device).expand(batch, steps)
+
+
+def _check_placement(program: Program, hidden: Tensor) -> None:
+    if hidden.device != program.device or hidden.dtype != program.dtype:
+        raise UnsupportedModelError(
+            "the model was moved after it was optimised",
+            why=f"the graph was captured for {program.dtype} on {program.device}, and this call "
+            f"brings {hidden.dtype} on {hidden.device}",
+            do="Call kvquant_compile.restore(model), move it, and optimize again.",
+        )
+
+
+def _functional_forward(module: nn.Module, state: Installed) -> Callable[..., Any]:
+    """``forward(ids, past) -> (logits, past)`` where past is None or a QuantizedCache."""
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(ids: Tensor, past: Any = None) -> Any:
+        if module.training:
+            state.warn_once("the model is in training mode and runs unquantised")
+            return original(ids, past)
+        if past is not None and not isinstance(past, QuantizedCache) and len(past):
+            state.warn_once(
+                "a list of full-precision keys and values was passed, so this call runs the "
+                "original model; start from past=None to use the quantised cache"
+            )
+            return original(ids, past)
+        cache = past if isinstance(past, QuantizedCache) else state.program.new_cache()
+        batch, steps = ids.shape
+        positions = _positions(None, batch, steps, cache)
+        inputs = {"ids": ids, "past": cache.columns}
+        logits = state.program.run(inputs, cache, positions, None, not state.attend_quantized)
+        return logits, cache
+
+    return forward

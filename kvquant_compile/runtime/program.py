@@ -1,0 +1,96 @@
+"""An optimised model's executable part: the rewritten graph and how to feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.lowering.constants import LayerConstants
+from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.passes.rewrite import rewrite
+from kvquant_compile.runtime.cache import QuantizedCache, QuantizedLayer, Step
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The rewritten graph with its layouts; runs one step at a time.
+
+    Attributes:
+        graph_module: see :mod:`kvquant_compile.passes.rewrite`.
+        layouts: page layout by position in the cache; ``indices`` are the cache indices.
+        indices: cache index of every layout.
+        device, dtype: baked into the graph.
+    """
+
+    graph_module: fx.GraphModule
+    layouts: tuple[PageLayout, ...]
+    indices: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def new_cache(self) -> QuantizedCache:
+        """An empty cache."""
+        return QuantizedCache(self.layouts, self.dtype, self.device)
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        cache: QuantizedCache,
+        positions: Tensor,
+        attention_mask: Tensor | None,
+        exact_chunk: bool,
+    ) -> Tensor:
+        """One step: append its tokens, attend, and commit the cache.
+
+        Args:
+            inputs: the captured graph's own inputs by placeholder name.
+            cache: grown by the step's tokens; unchanged if the step fails.
+            positions: int [B, S].
+            attention_mask: [B, cached + S] or None.
+            exact_chunk: read the step's own tokens exactly (generation) instead of from the
+                cache (honest evaluation).
+
+        Returns:
+            The graph's output.
+        """
+        step = cache.begin(positions, attention_mask)
+        values = {**inputs, **self._cache_inputs(cache, step), "exact_chunk": exact_chunk}
+        names = [str(n.target) for n in self.graph_module.graph.find_nodes(op="placeholder")]
+        output = self.graph_module(*(values[name] for name in names))
+        cache.commit(step)
+        return output
+
+    def _cache_inputs(self, cache: QuantizedCache, step: Step) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "slots": step.slots,
+            "history": step.history,
+            "table": cache.table,
+            "positions": cache.positions,
+        }
+        for index, layer in zip(self.indices, cache.layers, strict=True):
+            assert isinstance(layer, QuantizedLayer)
+            values[f"pages_{index}"] = layer.slabs
+            values[f"sinks_{index}"] = layer.sinks
+        return values
+
+
+def build_program(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    constants: Mapping[int, LayerConstants],
+) -> Program:
+    """Rewrite a captured model with the given constants."""
+    indices = tuple(layer.plan.index for layer in layers)
+    return Program(
+        rewrite(captured.graph_module, layers, constants),
+        tuple(constants[i].layout for i in indices),
+        indices,
+        captured.device,
+        captured.dtype,
+    )

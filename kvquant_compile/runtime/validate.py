@@ -1,0 +1,123 @@
+"""Translation validation: with lossless pages the rewritten model must equal the original.
+
+It separates compiler bugs from quantisation error, and runs on every ``optimize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.codec.layout import lossless_spec
+from kvquant_compile.errors import ValidationError
+from kvquant_compile.lowering.constants import lower_layer
+from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.runtime.program import Program, build_program
+
+STEPS = (7, 1, 70)
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def lossless_program(captured: Captured, layers: Sequence[MatchedLayer]) -> Program:
+    """The rewritten model whose pages hold raw keys and values."""
+    constants = {
+        layer.plan.index: lower_layer(
+            layer.plan, lossless_spec(), None, captured.dtype, captured.device
+        )
+        for layer in layers
+    }
+    return build_program(captured, layers, constants)
+
+
+def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dict[str, float]:
+    """Compare the rewritten model with the original over prefill, decode and a long step.
+
+    Returns:
+        case -> relative error of the graph's output (norm of the difference over the norm).
+
+    Raises:
+        ValidationError: an error exceeds the dtype's tolerance.
+    """
+    program = lossless_program(captured, layers)
+    padded = [0, 3] if captured.convention == "transformers" else [0, 0]
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        for exact in (True, False):
+            name = "exact chunk" if exact else "through pages"
+            errors |= _compare(captured, program, padded, exact, name)
+    limit = TOLERANCE.get(captured.dtype, 1e-4)
+    worst = max(errors, key=lambda case: errors[case])
+    if not errors[worst] <= limit:
+        raise ValidationError(
+            "the rewritten model differs from the original",
+            where=worst,
+            why=f"relative error {errors[worst]:.2e} with lossless storage, limit {limit:.0e}",
+            do="Nothing was changed. Please report the model type; this is a bug of the compiler.",
+        )
+    return errors
+
+
+def _compare(
+    captured: Captured, program: Program, padding: list[int], exact: bool, name: str
+) -> dict[str, float]:
+    """Run both over the same steps; row i starts with ``padding[i]`` padded columns."""
+    generator = torch.Generator().manual_seed(0)
+    device, batch = captured.device, len(padding)
+    cache, past = program.new_cache(), None
+    mask = torch.ones(batch, sum(STEPS), dtype=torch.int64, device=device)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+    errors, done = {}, 0
+    for steps in STEPS:
+        ids = torch.randint(_vocabulary(captured), (batch, steps), generator=generator).to(device)
+        seen = mask[:, : done + steps] if any(padding) else None
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, done : done + steps]
+        expected, past = _original(captured, ids, seen, positions, past)
+        hidden = _inputs(captured, ids, seen, positions, done)
+        got = program.run(hidden, cache, positions, seen, exact)
+        real = mask[:, done : done + steps].bool()
+        difference = (got - expected)[real].float().norm()
+        errors[f"{name}, {steps} tokens after {done}"] = float(
+            difference / expected[real].float().norm()
+        )
+        done += steps
+    return errors
+
+
+def _inputs(
+    captured: Captured, ids: Tensor, mask: Tensor | None, positions: Tensor, past: int
+) -> dict[str, Any]:
+    if captured.convention == "functional":
+        return {"ids": ids, "past": past}
+    hidden = captured.backbone.get_input_embeddings()(ids)
+    return {"hidden": hidden, "attention_mask": mask, "position_ids": positions, "past": past}
+
+
+def _original(
+    captured: Captured, ids: Tensor, mask: Tensor | None, positions: Tensor, past: Any
+) -> tuple[Tensor, Any]:
+    """The original's output and its grown cache."""
+    if captured.convention == "functional":
+        return captured.model(ids, past)
+    if past is None:
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=captured.model.config.get_text_config(decoder=True))
+    result = captured.backbone(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=past,
+        use_cache=True,
+    )
+    return result.last_hidden_state, past
+
+
+def _vocabulary(captured: Captured) -> int:
+    from kvquant_compile.calib.data import vocabulary
+
+    return vocabulary(captured.model)
