@@ -1,0 +1,142 @@
+"""The recogniser: one matched layer per cache append, with its proved rotation and its readers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import fx
+
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.markers import APPEND, ATTEND
+from kvquant_compile.passes.masks import attend_plan
+from kvquant_compile.passes.prove import Proof, Prover
+from kvquant_compile.passes.taint import float_value
+from kvquant_compile.plan import LayerPlan, RopeSpec
+
+
+@dataclass(frozen=True)
+class MatchedLayer:
+    """A layer's plan and the nodes that a rewrite needs.
+
+    Attributes:
+        plan: what was proved.
+        append: the append marker.
+        key_pre: the key to be stored, [B, kv_heads, S, key_dim]: un-rotated when ``plan.rope``
+            is given, the appended key otherwise. It may have no users yet (a transpose or view
+            added for it): rewrite before eliminating dead code.
+        key, value: what the append marker is given.
+        attends: the attend markers that read this layer, in graph order.
+    """
+
+    plan: LayerPlan
+    append: fx.Node
+    key_pre: fx.Node
+    key: fx.Node
+    value: fx.Node
+    attends: tuple[fx.Node, ...]
+
+
+def recognise(captured: Captured) -> tuple[MatchedLayer, ...]:
+    """Match every append of a captured graph, in graph order.
+
+    Only adds view and transpose nodes to the graph, and only where a key is needed in another
+    layout. A rotation that cannot be moved behind the cache is no error: the layer's plan then
+    has no rope and says why in ``refusal``.
+
+    Raises:
+        UnsupportedLayerError: an attention has a mask that a cache cannot serve.
+    """
+    prover = Prover(captured)
+    graph = captured.graph_module.graph
+    matched = tuple(
+        _match(prover, graph, append)
+        for append in graph.find_nodes(op="call_function", target=APPEND)
+    )
+    graph.lint()
+    captured.graph_module.recompile()
+    return matched
+
+
+def _match(prover: Prover, graph: fx.Graph, append: fx.Node) -> MatchedLayer:
+    key, value, index, _ = append.args
+    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    attends = _readers(graph, append)
+    proof = prover.prove(key)
+    refusal = proof.refusal or _query_refusal(prover, proof, attends)
+    if refusal:
+        proof = replace(proof, pre=key, layout="bhsd", spec=None, refusal=refusal)
+    kv_heads, key_dim = (int(float_value(key).shape[i]) for i in (1, 3))
+    plan = LayerPlan(
+        index=int(index),  # type: ignore[arg-type]
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=int(float_value(value).shape[3]),
+        rope=proof.spec,
+        attends=tuple(map(attend_plan, attends)),
+        certificate=_certificate(proof),
+        refusal=refusal,
+    )
+    key_pre = _in_head_layout(graph, proof, kv_heads, key_dim)
+    return MatchedLayer(plan, append, key_pre, key, value, attends)
+
+
+def _readers(graph: fx.Graph, append: fx.Node) -> tuple[fx.Node, ...]:
+    parts = set(append.users)
+    return tuple(
+        node
+        for node in graph.find_nodes(op="call_function", target=ATTEND)
+        if node.args[1] in parts
+    )
+
+
+def _query_refusal(prover: Prover, proof: Proof, attends: tuple[fx.Node, ...]) -> str:
+    """Why the queries do not turn with the keys; empty if they do, or if nothing turns."""
+    if proof.spec is None:
+        return ""
+    for attend in attends:
+        query = attend.args[0]
+        assert isinstance(query, fx.Node)
+        other = prover.prove(query)
+        if other.spec is None:
+            reason = other.refusal or "no position reaches it"
+            return f"the key is rotated, but its query is not, provably: {reason}"
+        if not _turn_together(proof.spec, other.spec):
+            return "key and query are rotated by different embeddings"
+    return ""
+
+
+def _turn_together(key: RopeSpec, query: RopeSpec) -> bool:
+    """Equal angles on equal output channels; a factor of the query is part of the score."""
+    turns = [
+        dict(zip(spec.out_pairs, spec.frequencies, strict=True)) for spec in (key, query)
+    ]
+    return turns[0] == turns[1]
+
+
+def _certificate(proof: Proof) -> dict[str, Any]:
+    return {
+        **proof.evidence,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _in_head_layout(graph: fx.Graph, proof: Proof, heads: int, width: int) -> fx.Node:
+    """The stored key as [B, H, S, D]; adds nodes right after it if it is laid out otherwise."""
+    node = proof.pre
+    assert node is not None
+    if proof.layout == "bhsd":
+        return node
+    if proof.layout == "flat":
+        node = _add_after(graph, node, torch.ops.aten.unflatten.int, (2, [heads, width]))
+    return _add_after(graph, node, torch.ops.aten.transpose.int, (1, 2))
+
+
+def _add_after(graph: fx.Graph, node: fx.Node, op: Any, rest: tuple[Any, ...]) -> fx.Node:
+    with graph.inserting_after(node):
+        new = graph.call_function(op, (node, *rest))
+    new.meta["val"] = op(node.meta["val"], *rest)
+    return new

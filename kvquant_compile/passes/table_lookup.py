@@ -1,0 +1,142 @@
+"""Precomputed cos/sin tables: a lookup at the position, and which cosine its columns are.
+
+Hand-written decoders often keep ``cos[max_positions, d/2]`` in a buffer and slice or index it. The
+looked-up row is then a vector of unknown functions of the position, one per column; each column is
+matched with ``a*cos(f*p)`` or ``a*sin(f*p)`` over the whole table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from sympy import Expr
+from torch import Tensor
+
+from kvquant_compile.passes.symbols import NotInterpretable, Pool, Symbolic
+
+Column = np.ndarray
+_READS = ("slice", "select", "index", "embedding", "index_select", "narrow")
+# float32 angles n*f of a table with thousands of rows are off by about n * f * 2**-24.
+TABLE_TOLERANCE = 1e-3
+
+
+class Lookups:
+    """The table columns met during an interpretation, each under a symbol of its own."""
+
+    def __init__(self, position: Expr) -> None:
+        self.position = position
+        self.columns: dict[Expr, Column] = {}
+        self._symbols: dict[bytes, Expr] = {}
+
+    def is_lookup(self, name: str, args: Any) -> bool:
+        """Whether an op reads a constant tensor (at something symbolic)."""
+        return name in _READS and bool(args) and isinstance(args[0], Tensor)
+
+    def read(self, pool: Pool, name: str, args: Any) -> Symbolic:
+        """The looked-up tensor, in the one-token world.
+
+        Raises:
+            NotInterpretable: the table is not read at exactly the position.
+        """
+        table, rest = args[0], args[1:]
+        if name == "embedding" or (name == "index" and len(rest[0]) == 1):
+            where = rest[0] if name == "embedding" else rest[0][0]
+            self._need_position({pool.scalars[i][0] for i in where.index.reshape(-1).tolist()})
+            row = self._row(pool, table)
+            return Symbolic(row.expand(*where.index.shape, *row.shape))
+        if name in ("index", "index_select"):
+            raise NotInterpretable(f"a table read by {name} along several axes")
+        axis, start = rest[0] % table.ndim, rest[1]
+        self._need_position({start})
+        if name == "slice" and sympy.simplify(rest[2] - start) != 1:
+            raise NotInterpretable("a table slice that is not the new tokens' rows")
+        row = self._row(pool, table.movedim(axis, 0))
+        return Symbolic(row if name == "select" else row.unsqueeze(axis))
+
+    def _need_position(self, rows: set[Expr]) -> None:
+        if rows != {self.position}:
+            raise NotInterpretable(f"a table lookup at {sorted(map(str, rows))}")
+
+    def _row(self, pool: Pool, table: Tensor) -> Tensor:
+        data = table.detach().cpu()
+        if not data.is_complex():
+            flat = data.double().reshape(len(data), -1).numpy()
+            entries = [pool.intern(self._symbol(column)) for column in flat.T]
+        else:
+            flat = data.to(torch.complex128).reshape(len(data), -1).numpy()
+            entries = [
+                pool.intern(self._symbol(column.real), self._symbol(column.imag))
+                for column in flat.T
+            ]
+        return torch.tensor(entries, dtype=torch.long).reshape(data.shape[1:])
+
+    def _symbol(self, column: Column) -> Expr:
+        key = column.tobytes()
+        if key not in self._symbols:
+            symbol = sympy.Symbol(f"table{len(self._symbols)}", real=True)
+            self._symbols[key] = symbol
+            self.columns[symbol] = column
+        return self._symbols[key]
+
+    def fitted(self) -> tuple[dict[Expr, Expr], float]:
+        """Every column as a function of the position, and the largest misfit.
+
+        Raises:
+            NotInterpretable: a column is no constant and no cosine or sine of a pair.
+        """
+        fits: dict[Expr, Expr] = {}
+        cosines, sines, worst = {}, {}, 0.0
+        for symbol, column in self.columns.items():
+            if np.ptp(column) == 0:
+                fits[symbol] = sympy.Float(column[0], 17)
+            else:
+                (sines if abs(column[0]) < 1e-9 else cosines)[symbol] = column
+        for symbol, column in cosines.items():
+            partner = _partner(column, sines)
+            fit = _Wave.fit(column, sines[partner])
+            fits[symbol] = fit.amplitude * sympy.cos(fit.frequency * self.position)
+            fits[partner] = fit.amplitude * sympy.sin(fit.frequency * self.position)
+            worst = max(worst, fit.misfit)
+        if len(fits) != len(self.columns) or worst > TABLE_TOLERANCE:
+            raise NotInterpretable("a lookup table that is not the cosine and sine of an angle")
+        return fits, worst
+
+
+def _partner(cosine: Column, sines: dict[Expr, Column]) -> Expr:
+    """The sine column whose squares add up best to a constant."""
+    if not sines:
+        raise NotInterpretable("a cosine table without a sine table")
+    amplitude = cosine[0] ** 2
+    return min(sines, key=lambda s: float(np.abs(cosine**2 + sines[s] ** 2 - amplitude).max()))
+
+
+class _Wave:
+    """amplitude * (cos, sin)(frequency * n), with a frequency that is a float32 value."""
+
+    def __init__(self, amplitude: float, frequency: float, misfit: float) -> None:
+        self.amplitude, self.misfit = sympy.Float(amplitude, 17), misfit
+        self.frequency = sympy.Float(frequency, 17)
+
+    @staticmethod
+    def fit(cosine: Column, sine: Column) -> _Wave:
+        """Least squares on the unwrapped angle, then the best float32 neighbour."""
+        n = np.arange(len(cosine), dtype=np.float64)
+        angle = np.unwrap(np.arctan2(sine, cosine))
+        near = np.float32((n * angle).sum() / (n * n).sum())
+        candidates = [near]
+        for direction in (-np.inf, np.inf):
+            for _ in range(3):
+                candidates.append(np.nextafter(candidates[-1], np.float32(direction)))
+            candidates.append(near)
+        errors = [_misfit(cosine, sine, f) for f in candidates]
+        best = int(np.argmin(errors))
+        return _Wave(float(cosine[0]), float(candidates[best]), errors[best])
+
+
+def _misfit(cosine: Column, sine: Column, frequency: np.float32) -> float:
+    angle = np.arange(len(cosine), dtype=np.float32) * frequency
+    error = np.abs(cosine[0] * np.cos(angle) - cosine) + np.abs(cosine[0] * np.sin(angle) - sine)
+    return float(error.max())

@@ -1,0 +1,129 @@
+"""Which nodes carry data, which carry positions, and where the two meet on a path.
+
+A *table* is a float tensor that depends on positions or sizes but on no token: cos and sin. The
+nodes where a table meets data, on the way from a projection to a cache append, are a rotation;
+the last tensor before them that everything comes from is the un-rotated key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# What is computed by these mixes channels of a whole token: no rotation reaches across them.
+_BARRIERS = (
+    "aten.linear", "aten.addmm", "aten.mm.", "aten.bmm", "aten.matmul", "aten.einsum",
+    "aten.conv", "aten.embedding", "aten.baddbmm", "aten.scaled_dot", "aten._grouped_mm",
+    "kvquant_capture.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Taint:
+    """Node sets of one graph: ``data`` depends on tokens, ``tables`` on positions only."""
+
+    data: frozenset[fx.Node]
+    tables: frozenset[fx.Node]
+    order: dict[fx.Node, int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """The part of a path in which positions meet data.
+
+    Attributes:
+        pre: the tensor it starts from; None when there is no single one.
+        mixed: whether positions meet data at all.
+    """
+
+    pre: fx.Node | None
+    mixed: bool
+
+
+def carries_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor or a sequence with one."""
+    value = node.meta.get("val")
+    items: Iterable[Any] = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(item, Tensor) for item in items)
+
+
+def is_barrier(node: fx.Node) -> bool:
+    """Whether a node ends the search for a rotation."""
+    return node.op == "placeholder" or str(node.target).startswith(_BARRIERS)
+
+
+def taint(graph: fx.Graph, data_input: fx.Node) -> Taint:
+    """Taint a captured graph; sizes of tensors carry positions, never data."""
+    data = {data_input}
+    reached = set(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if any(i in reached for i in inputs):
+            reached.add(node)
+        if carries_tensor(node) and any(i in data for i in inputs):
+            data.add(node)
+    tables = {node for node in reached - data if _is_float(node) and node.op != "placeholder"}
+    return Taint(frozenset(data), frozenset(tables), {n: i for i, n in enumerate(graph.nodes)})
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def rotation_site(end: fx.Node, known: Taint) -> Site:
+    """Find where positions enter between the last projection and ``end``."""
+    region = _region(end, known)
+    mixing = {n for n in region if not is_barrier(n) and set(n.all_input_nodes) & known.tables}
+    if not mixing:
+        return Site(end, mixed=False)
+    affected = set(mixing)
+    for node in sorted(region, key=known.order.__getitem__):
+        if not is_barrier(node) and set(node.all_input_nodes) & affected:
+            affected.add(node)
+    frontier = {i for n in affected for i in n.all_input_nodes if i in region} - affected
+    candidates = [n for n in region - affected if isinstance(n.meta.get("val"), Tensor)]
+    for candidate in sorted(candidates, key=known.order.__getitem__, reverse=True):
+        if all(_comes_from(node, candidate, region) for node in frontier):
+            return Site(candidate, mixed=True)
+    return Site(None, mixed=True)
+
+
+def _region(end: fx.Node, known: Taint) -> set[fx.Node]:
+    """Data nodes backward from ``end``, up to and including the barriers."""
+    region: set[fx.Node] = set()
+    pending = [end]
+    while pending:
+        node = pending.pop()
+        if node in region or node not in known.data:
+            continue
+        region.add(node)
+        if not is_barrier(node):
+            pending += node.all_input_nodes
+    return region
+
+
+def _comes_from(node: fx.Node, source: fx.Node, region: set[fx.Node]) -> bool:
+    """Whether every data path into ``node`` starts at ``source``."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current is source or current in seen:
+            continue
+        seen.add(current)
+        inputs = [i for i in current.all_input_nodes if i in region]
+        if is_barrier(current) or not inputs:
+            return False
+        pending += inputs
+    return True
+
+
+def float_value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that stands for a node's value."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
