@@ -1,0 +1,186 @@
+"""``optimize`` and its counterparts. Each stage below is one module of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from kvquant_compile.calib.artifact import Artifact
+from kvquant_compile.calib.calibrate import CalibrationOptions, calibrate
+from kvquant_compile.capture import Captured, capture
+from kvquant_compile.config import Bits, FormatOptions
+from kvquant_compile.errors import OptionError, UnsupportedLayerError
+from kvquant_compile.inspect.report import Report, build_report
+from kvquant_compile.lowering.constants import lower_layer
+from kvquant_compile.passes.recognise import MatchedLayer, recognise
+from kvquant_compile.progress import Progress
+from kvquant_compile.runtime.cache import QuantizedCache
+from kvquant_compile.runtime.plugback import (
+    ATTRIBUTE,
+    Installed,
+    install,
+    installed,
+    uninstall,
+)
+from kvquant_compile.runtime.program import build_program
+from kvquant_compile.runtime.validate import validate_lossless
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def optimize(
+    model: Model,
+    bits: Bits | Mapping[int, Bits] = 3,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    slots: int = 1,
+    sinks: int | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    strict: bool = True,
+    seed: int = 0,
+    windows: int | None = None,
+    sensitivity: str = "fisher",
+    attend_quantized: bool = False,
+    progress: bool | None = None,
+) -> Model:
+    """Store a decoder's KV cache in a few bits; ``generate`` and ``forward`` go on working.
+
+    The model is changed in place (two instance attributes; see :func:`restore`) and returned.
+    Its class, config, parameters and state dict stay as they are.
+
+    Args:
+        model: a transformers causal LM, or an ``nn.Module`` with
+            ``forward(ids, past) -> (logits, past)``.
+        bits: width of keys and values, 1..8, or 16 for lossless storage; a pair
+            (key_bits, value_bits); or cache layer -> either.
+        calibration: None (the model samples its own text), texts with ``tokenizer``, token
+            tensors, an iterable of these, or a saved artifact (object or ``*.safetensors``
+            path).
+        tokenizer: for texts.
+        slots: exact outlier slots of every (token, head), keys and values each.
+        sinks: leading tokens of every sequence kept exactly; None for the default.
+        example_inputs: (ids, past) for modules that are not transformers'.
+        strict: raise when a layer's keys must be stored after RoPE; else warn once.
+        seed: of calibration; same seed, same tables.
+        windows: calibration windows; None for the default.
+        sensitivity: "fisher" (squared gradients of the loss) or "none" (no backward pass).
+        attend_quantized: every token, the current step's own included, attends to quantised
+            keys and values only. Slower and a little less accurate; what evaluation needs.
+        progress: show progress bars; None shows them on a terminal.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        KVQuantError: something cannot be honoured; nothing was changed then.
+    """
+    _refuse_optimised(model)
+    artifact = _given_artifact(calibration)
+    options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
+    form = FormatOptions(bits, slots, options.default_sinks if sinks is None else sinks)
+    with Progress(progress) as bar:
+        bar.stage("capture")
+        captured = capture(model, example_inputs)
+        bar.stage("recognise and prove")
+        layers = recognise(captured)
+        _check_refusals(layers, strict)
+        specs = {layer.plan.index: form.spec(layer.plan.index) for layer in layers}
+        bar.stage("validate (lossless)")
+        errors = validate_lossless(captured, layers)
+        if artifact is None:
+            artifact = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
+        specs, tables = artifact.for_model(captured, layers)
+        bar.stage("rewrite")
+        constants = {
+            layer.plan.index: lower_layer(
+                layer.plan,
+                specs[layer.plan.index],
+                tables[layer.plan.index],
+                captured.dtype,
+                captured.device,
+            )
+            for layer in layers
+        }
+        program = build_program(captured, layers, constants)
+    report = build_report(captured, layers, program, errors, artifact)
+    state = Installed(program, captured, report, attend_quantized)
+    install(model, state)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Give an optimised model its original behaviour back.
+
+    Raises:
+        OptionError: it is not optimised.
+    """
+    uninstall(model)
+    return model
+
+
+def explain(model: nn.Module) -> Report:
+    """What was matched, proved and rewritten in an optimised model, and what it costs.
+
+    Raises:
+        OptionError: it is not optimised.
+    """
+    return installed(model).report
+
+
+def new_cache(model: nn.Module) -> QuantizedCache:
+    """An empty cache for an optimised model.
+
+    Raises:
+        OptionError: it is not optimised.
+    """
+    return installed(model).program.new_cache()
+
+
+def _refuse_optimised(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"cannot optimise a {type(model).__name__}",
+            why="it is no torch.nn.Module",
+            do="Pass the loaded model itself.",
+        )
+    if ATTRIBUTE in model.__dict__:
+        raise OptionError(
+            f"{type(model).__name__} is already optimised",
+            why="its forward already runs a rewritten graph",
+            do="Call kvquant_compile.restore(model) first to optimise it anew.",
+        )
+
+
+def _given_artifact(calibration: Any) -> Artifact | None:
+    if isinstance(calibration, Artifact):
+        return calibration
+    is_file = isinstance(calibration, str) and calibration.endswith(".safetensors")
+    if isinstance(calibration, Path) or is_file:
+        return Artifact.load(calibration)
+    return None
+
+
+def _check_refusals(layers: Sequence[MatchedLayer], strict: bool) -> None:
+    refused = [layer.plan for layer in layers if layer.plan.refusal]
+    if not refused:
+        return
+    reasons = "; ".join(sorted({plan.refusal for plan in refused}))
+    names = ", ".join(str(plan.index) for plan in refused)
+    error = UnsupportedLayerError(
+        "keys cannot be stored before RoPE",
+        where=f"layers {names}",
+        why=reasons,
+        do="Pass strict=False to quantise these layers' keys after RoPE.",
+    )
+    if strict:
+        raise error
+    import warnings
+
+    warnings.warn(f"kvquant_compile: {error}", stacklevel=3)
+
+
+__all__ = ["Captured", "explain", "new_cache", "optimize", "restore"]

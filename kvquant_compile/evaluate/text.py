@@ -1,0 +1,54 @@
+"""Evaluation text as token windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.errors import OptionError
+
+
+def read_text(path: str | Path) -> str:
+    """A text file's content, UTF-8.
+
+    Raises:
+        OptionError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(
+            f"cannot read the text {path}", why=str(error), do="Pass a UTF-8 text file."
+        ) from error
+
+
+def text_windows(
+    text: str, tokenizer: Any, tokens: int, limit: int | None = None
+) -> list[Tensor]:
+    """Non-overlapping windows, the tail dropped (the protocol of KVQuant, section 4).
+
+    Args:
+        text: tokenised once, as a whole, without special tokens.
+        tokenizer: a transformers tokenizer.
+        tokens: tokens per window, at least 2.
+        limit: use only the first ``limit`` windows.
+
+    Returns:
+        int64 [1, tokens] each.
+
+    Raises:
+        OptionError: the text is shorter than one window.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    count = ids.numel() // tokens
+    if tokens < 2 or count == 0:
+        raise OptionError(
+            f"windows of {tokens} tokens",
+            why=f"the text has {ids.numel()} tokens, and a window needs at least 2",
+            do="Use shorter windows or a longer text.",
+        )
+    rows = ids[: count * tokens].view(count, 1, tokens)
+    return list(rows[:limit])
