@@ -1,0 +1,211 @@
+"""What ``explain`` returns: matched, proved, rewritten, what runs, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from kvquant_compile.codec.layout import PageLayout, padded
+from kvquant_compile.codec.spec import PAGE_TOKENS
+from kvquant_compile.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One cache layer.
+
+    Attributes:
+        index: cache index.
+        kv_heads, query_heads, key_dim, value_dim: geometry.
+        rope: pairing and rotated channels, ``none``, or ``kept`` where keys are stored rotated.
+        proof: how the rotation was established.
+        source: line of the model that rotates.
+        window, softcap: of the attention; 0 for none.
+        key_bits, value_bits, slots: of the format.
+        effective_bits: of a full page, everything included.
+        bytes_per_token: packed, one sequence; ``reference_bytes`` at the model's own dtype.
+        kernel: what runs.
+        refusal: why keys are not stored before RoPE, if they are not.
+        certificate: the proof's evidence.
+    """
+
+    index: int
+    kv_heads: int
+    query_heads: int
+    key_dim: int
+    value_dim: int
+    rope: str
+    proof: str
+    source: str
+    window: int
+    softcap: float
+    key_bits: int
+    value_bits: int
+    slots: str
+    effective_bits: float
+    bytes_per_token: float
+    reference_bytes: int
+    kernel: str
+    refusal: str
+    certificate: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """An optimised model's report; ``print`` it, or take :meth:`to_dict`.
+
+    Attributes:
+        model: class name.
+        convention: how it was captured.
+        dtype, device: baked into the graph.
+        layers: one report per cache layer.
+        validation: case -> relative error of the lossless rewrite against the original.
+        calibration: where tables came from and how long each stage took.
+        sinks: exact leading tokens.
+    """
+
+    model: str
+    convention: str
+    dtype: str
+    device: str
+    layers: tuple[LayerReport, ...]
+    validation: Mapping[str, float]
+    calibration: Mapping[str, Any]
+    sinks: int
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per element over all layers, full pages."""
+        elements = sum(r.kv_heads * (r.key_dim + r.value_dim) for r in self.layers)
+        return 8 * self.bytes_per_token / elements
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Packed bytes of a token of one sequence, all layers."""
+        return sum(r.bytes_per_token for r in self.layers)
+
+    @property
+    def compression(self) -> float:
+        """Bytes at the model's dtype over packed bytes."""
+        return sum(r.reference_bytes for r in self.layers) / self.bytes_per_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict of everything."""
+        totals = {
+            "effective_bits": self.effective_bits,
+            "bytes_per_token": self.bytes_per_token,
+            "compression": self.compression,
+        }
+        return asdict(self) | {"totals": totals}
+
+    def __rich__(self) -> Group:
+        worst = max(self.validation.values(), default=0.0)
+        head = (
+            f"{self.model} ({self.dtype}, {self.device}): {len(self.layers)} attention layers "
+            f"rewritten, {self.effective_bits:.3f} effective bits, "
+            f"{self.bytes_per_token:,.1f} bytes per token, {self.compression:.2f}x smaller"
+        )
+        proof = f"lossless rewrite against the original: worst relative error {worst:.1e}"
+        origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in self.calibration.items())
+        return Group(Text(head, style="bold"), self._table(), Text(proof), Text(origin))
+
+    def _table(self) -> Table:
+        table = Table(show_edge=False, pad_edge=False)
+        names = ("layers", "heads q/kv", "dim", "RoPE", "proof", "mask", "K/V bits", "slots",
+                 "eff. bits", "B/token", "runs")  # fmt: skip
+        for name in names:
+            table.add_column(name)
+        for group in _runs(self.layers):
+            table.add_row(*_cells(group))
+        for report in self.layers:
+            if report.refusal:
+                table.caption = f"layer {report.index}: keys kept rotated: {report.refusal}"
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=150, record=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _runs(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
+    """Neighbouring layers that differ in their index only, together."""
+    groups: list[list[LayerReport]] = []
+    for report in layers:
+        if groups and _cells([groups[-1][-1]])[1:] == _cells([report])[1:]:
+            groups[-1].append(report)
+        else:
+            groups.append([report])
+    return groups
+
+
+def _cells(group: list[LayerReport]) -> tuple[str, ...]:
+    first, last = group[0], group[-1]
+    span = str(first.index) if first is last else f"{first.index}-{last.index}"
+    dims = {first.key_dim, first.value_dim}
+    mask = f"window {first.window}" if first.window else "causal"
+    return (
+        span,
+        f"{first.query_heads}/{first.kv_heads}",
+        "/".join(map(str, sorted(dims))),
+        first.rope,
+        first.proof,
+        mask + (f", cap {first.softcap:g}" if first.softcap else ""),
+        f"{first.key_bits}/{first.value_bits}",
+        first.slots,
+        f"{first.effective_bits:.3f}",
+        f"{first.bytes_per_token:.1f}",
+        first.kernel,
+    )
+
+
+def layer_report(plan: LayerPlan, layout: PageLayout, kernel: str) -> LayerReport:
+    """The report of one layer."""
+    site, spec, cert = plan.attends[0], layout.spec, plan.certificate
+    reference = plan.kv_heads * (plan.key_dim + plan.value_dim) * layout.itemsize
+    return LayerReport(
+        index=plan.index,
+        kv_heads=plan.kv_heads,
+        query_heads=site.query_heads,
+        key_dim=plan.key_dim,
+        value_dim=plan.value_dim,
+        rope=_rope(plan),
+        proof=str(cert.get("method", "no rotation")),
+        source=str(cert.get("source", "")),
+        window=site.window,
+        softcap=site.softcap,
+        key_bits=spec.key_bits,
+        value_bits=spec.value_bits,
+        slots=f"{spec.key_slots}+{spec.value_slots}",
+        effective_bits=layout.effective_bits,
+        bytes_per_token=plan.kv_heads * layout.page_bytes / PAGE_TOKENS,
+        reference_bytes=reference,
+        kernel=kernel,
+        refusal=plan.refusal,
+        certificate=dict(cert),
+    )
+
+
+def _rope(plan: LayerPlan) -> str:
+    if plan.refusal:
+        return "kept"
+    if plan.rope is None:
+        return "none"
+    turned = 2 * len(plan.rope.in_pairs)
+    return f"{plan.rope.pairing} {turned}" + (f"/{plan.key_dim}" if turned < plan.key_dim else "")
+
+
+def padding_note(layout: PageLayout) -> str:
+    """What padding of odd head sizes costs; empty when there is none."""
+    if layout.key_dim % 16 == 0 and layout.value_dim % 16 == 0:
+        return ""
+    return (
+        f"heads of {layout.key_dim}/{layout.value_dim} channels are stored as "
+        f"{padded(layout.key_dim)}/{padded(layout.value_dim)}"
+    )
