@@ -8,10 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvquant_compile.capture.captured import CacheLayout, Captured
+from kvquant_compile.capture.functional_model import capture_functional
 from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
 from kvquant_compile.capture.run import run_marked
 from kvquant_compile.capture.transformers_model import capture_transformers
-from kvquant_compile.errors import UnsupportedModelError
 
 __all__ = ["APPEND", "ATTEND", "MASK", "CacheLayout", "Captured", "capture", "run_marked"]
 
@@ -31,4 +31,4 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
     """
     if isinstance(model, PreTrainedModel):
         return capture_transformers(model)
-    raise UnsupportedModelError("x", why="", do="")
+    return capture_functional(model, example_inputs)

@@ -26,14 +26,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def flat_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program as a plain GraphModule without assertions; the output is its first tensor."""
+def flat_graph(
+    program: torch.export.ExportedProgram, *, all_outputs: bool = False
+) -> fx.GraphModule:
+    """The program as a plain GraphModule without assertions; returns its first tensor, or all."""
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     drop_runtime_checks(gm.graph)
     output = gm.graph.output_node()
     first = output.args[0]
-    while isinstance(first, Sequence):
+    while isinstance(first, Sequence) and not all_outputs:
         first = first[0]
     output.args = (first,)
     return plain_calling_convention(gm)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvquant_compile.capture.mask_kind import MaskKind, mask_kind
 from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
+from kvquant_compile.capture.mask_kind import MaskKind, mask_kind
 from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
 
 INTERFACE = "kvquant_capture"
-_PLAIN_UPDATES = {DynamicLayer.update, DynamicSlidingWindowLayer.update}
+_PLAIN_UPDATES: set[Any] = {DynamicLayer.update, DynamicSlidingWindowLayer.update}
 
 # Arguments of attention functions that do not change the result. Anything else is refused: a
 # model once passed a bias that way, and dropping it was silently wrong.
@@ -76,7 +76,7 @@ def capture_cache(config: Any, past: int, seen: Firings) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
-        if type(layer).update not in _PLAIN_UPDATES:
+        if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:
             raise UnsupportedModelError(
                 "the model cannot be captured",
                 why=f"its cache layer {index} is a {type(layer).__name__}, which keeps more than"
@@ -181,7 +181,7 @@ def _next_kind(function: Callable[..., Tensor] | None) -> MaskKind:
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration object of the model, sub-configurations after their parents."""
     found: list[Any] = []
-    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    queue: list[Any] = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     while queue:
         config = queue.pop(0)
         if config is None or any(config is other for other in found):

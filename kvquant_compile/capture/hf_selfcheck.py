@@ -37,7 +37,10 @@ def self_check(
     """
     windows = [kind.window for kind in seen.masks if 0 < kind.window <= _CROSS]
     first = max([6, *(window + 3 for window in windows)])
-    talks = [(2, (first, 1, 3), True), (2, (1, 4, 2), False)]
+    talks: list[tuple[int, tuple[int, ...], bool]] = [
+        (2, (first, 1, 3), True),
+        (2, (1, 4, 2), False),
+    ]
     talks += [(1, (5, 1), False)] if mask_optional else []
     errors = []
     for batch, calls, padded in talks:
@@ -67,7 +70,7 @@ def _conversation(
     given_mask: bool,
 ) -> list[tuple[tuple[int, int], float]]:
     total = sum(calls)
-    width = backbone.get_input_embeddings().weight.shape[-1]
+    width = embedding_width(backbone)
     hidden = torch.randn(batch, total, width, generator=torch.Generator().manual_seed(1))
     hidden = hidden.to(like)
     mask = torch.ones(batch, total, dtype=torch.long, device=like.device)
@@ -87,6 +90,13 @@ def _conversation(
         errors.append(((tokens, past), relative_error(got[real], expected[real])))
         past += tokens
     return errors
+
+
+def embedding_width(backbone: PreTrainedModel) -> int:
+    """Width of the embedded tokens which the backbone takes."""
+    weight = backbone.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[-1]
 
 
 def _original(

@@ -38,7 +38,6 @@ def drop_runtime_checks(graph: fx.Graph) -> None:
     Sound only for a graph that is compared with its original at several lengths afterwards.
     """
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and str(node.target) in _ASSERTS:
-            graph.erase_node(node)
-        elif node.op == "call_module" and "_guards_fn" in str(node.target):
+        check = node.op == "call_function" and str(node.target) in _ASSERTS
+        if check or (node.op == "call_module" and "_guards_fn" in str(node.target)):
             graph.erase_node(node)

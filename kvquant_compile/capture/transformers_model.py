@@ -14,7 +14,7 @@ from kvquant_compile.capture.audit import audit_firings, audit_graph, bypass_err
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input
 from kvquant_compile.capture.hf_hooks import Firings, capture_cache, markers_in
-from kvquant_compile.capture.hf_selfcheck import self_check
+from kvquant_compile.capture.hf_selfcheck import embedding_width, self_check
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
 
 # Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
@@ -111,6 +111,7 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     if not isinstance(backbone, PreTrainedModel):
         backbone = model.base_model
+    assert isinstance(backbone, PreTrainedModel)
     takes = inspect.signature(backbone.forward).parameters
     missing = [name for name in ("inputs_embeds", "past_key_values") if name not in takes]
     if missing:
@@ -125,7 +126,7 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _inputs(backbone: PreTrainedModel, like: Tensor, batch: int, tokens: int, past: int) -> Any:
-    width = backbone.get_input_embeddings().weight.shape[-1]
+    width = embedding_width(backbone)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(batch, tokens, width, generator=generator).to(like)
     mask = torch.ones(batch, past + tokens, dtype=torch.long, device=like.device)

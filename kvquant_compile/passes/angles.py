@@ -19,9 +19,7 @@ POSITIONS = (1, 2, 3, 17, 1000, 65537, 100_003)
 ANGLE_TOLERANCE = 1e-6
 
 
-def position_values(
-    captured: Captured, start: int, tokens: int, batch: int
-) -> dict[fx.Node, Any]:
+def position_values(captured: Captured, start: int, tokens: int, batch: int) -> dict[fx.Node, Any]:
     """Values of the placeholders that put ``tokens`` new tokens at positions from ``start``."""
     device = captured.device
     if captured.convention == "functional":

@@ -182,4 +182,4 @@ def _source(node: fx.Node) -> str:
         return ""
     place = lines[frames[-1]]
     file = place.split('"')[1].rsplit("/", 1)[-1]
-    return f"{file}:{place.split('line ')[1].split(',')[0]}: {' '.join(lines[frames[-1] + 1:])}"
+    return f"{file}:{place.split('line ')[1].split(',')[0]}: {' '.join(lines[frames[-1] + 1 :])}"

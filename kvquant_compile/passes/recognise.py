@@ -10,6 +10,7 @@ import transformers
 from torch import fx
 
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.edit import add_call, add_transpose
 from kvquant_compile.capture.markers import APPEND, ATTEND
 from kvquant_compile.passes.masks import attend_plan
 from kvquant_compile.passes.prove import Proof, Prover
@@ -62,7 +63,8 @@ def recognise(captured: Captured) -> tuple[MatchedLayer, ...]:
 
 def _match(prover: Prover, graph: fx.Graph, append: fx.Node) -> MatchedLayer:
     key, value, index, _ = append.args
-    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     attends = _readers(graph, append)
     proof = prover.prove(key)
     refusal = proof.refusal or _query_refusal(prover, proof, attends)
@@ -110,9 +112,7 @@ def _query_refusal(prover: Prover, proof: Proof, attends: tuple[fx.Node, ...]) -
 
 def _turn_together(key: RopeSpec, query: RopeSpec) -> bool:
     """Equal angles on equal output channels; a factor of the query is part of the score."""
-    turns = [
-        dict(zip(spec.out_pairs, spec.frequencies, strict=True)) for spec in (key, query)
-    ]
+    turns = [dict(zip(spec.out_pairs, spec.frequencies, strict=True)) for spec in (key, query)]
     return turns[0] == turns[1]
 
 
@@ -131,12 +131,7 @@ def _in_head_layout(graph: fx.Graph, proof: Proof, heads: int, width: int) -> fx
     if proof.layout == "bhsd":
         return node
     if proof.layout == "flat":
-        node = _add_after(graph, node, torch.ops.aten.unflatten.int, (2, [heads, width]))
-    return _add_after(graph, node, torch.ops.aten.transpose.int, (1, 2))
-
-
-def _add_after(graph: fx.Graph, node: fx.Node, op: Any, rest: tuple[Any, ...]) -> fx.Node:
-    with graph.inserting_after(node):
-        new = graph.call_function(op, (node, *rest))
-    new.meta["val"] = op(node.meta["val"], *rest)
-    return new
+        split = node.meta["val"].unflatten(2, [heads, width])
+        args = (node, 2, [heads, width])
+        node = add_call(graph, node, torch.ops.aten.unflatten.int, args, split)
+    return add_transpose(graph, node)

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from kvquant_compile.capture.ops import CASTS, MOVES, op_name
 from kvquant_compile.capture.run import attribute
 from kvquant_compile.passes.symbols import (
     NotInterpretable,
@@ -33,25 +34,11 @@ from kvquant_compile.passes.table_lookup import Lookups
 POSITION = sympy.Symbol("p", real=True)
 _PAST = sympy.Symbol("past", real=True)
 
-_MOVES = frozenset(
-    "view reshape _unsafe_view transpose permute slice select cat stack unsqueeze squeeze expand"
-    " clone contiguous alias detach split split_with_sizes chunk unbind flatten unflatten roll"
-    " repeat repeat_interleave flip narrow movedim swapaxes t view_as expand_as reshape_as"
-    " index_select lift_fresh_copy tensor_split swapdims diagonal hstack concat concatenate".split()
-)
-_CASTS = frozenset("to _to_copy type_as float double half bfloat16".split())
 _BINARY: dict[str, Callable[..., Any]] = {
     "add": add, "sub": subtract, "mul": multiply, "div": divide,
 }  # fmt: skip
+_HARMLESS = frozenset(("dtype", "device", "layout", "pin_memory", "memory_format"))
 _REAL = {"cos": sympy.cos, "sin": sympy.sin}
-
-
-def op_name(node: fx.Node) -> str:
-    """``mul`` for ``aten.mul.Tensor``; the plain name of other callables."""
-    parts = str(node.target).split(".")
-    if parts[0] == "aten":
-        return parts[1]
-    return getattr(node.target, "__name__", str(node.target))
 
 
 class Interpreter:
@@ -84,9 +71,8 @@ class Interpreter:
         while pending:
             node = pending[-1]
             env = local if node in touched else self.shared
-            missing = [] if node in env else [
-                i for i in node.all_input_nodes if i not in local and i not in self.shared
-            ]  # fmt: skip
+            needed = [] if node in env or op_name(node) == "sym_size" else node.all_input_nodes
+            missing = [i for i in needed if i not in local and i not in self.shared]
             if missing:
                 pending += missing
                 continue
@@ -125,9 +111,9 @@ class Interpreter:
             return node.target(*args)
         if self.lookups.is_lookup(name, args):
             return self.lookups.read(self.pool, name, args)
-        if name in _MOVES:
+        if name in MOVES:
             return self._move(node, args, kwargs)
-        if name in _CASTS:
+        if name in CASTS:
             return _cast(node, args)
         return self._arithmetic(node, name, args, kwargs)
 
@@ -148,7 +134,7 @@ class Interpreter:
 
     def _arithmetic(self, node: fx.Node, name: str, args: Any, kwargs: Any) -> Any:
         pool = self.pool
-        if kwargs and set(kwargs) - {"dtype", "device"}:
+        if kwargs and set(kwargs) - _HARMLESS:
             raise NotInterpretable(f"{node.target} with {sorted(kwargs)}")
         if name in _BINARY:
             return pool.combine(name, _BINARY[name], pool.lift(args[0]), pool.lift(args[1]))

@@ -34,7 +34,7 @@ class Pool:
     def __init__(self) -> None:
         self.scalars: list[Scalar] = []
         self._known: dict[Scalar, int] = {}
-        self._memo: dict[tuple[str, int, int], int] = {}
+        self._memo: dict[tuple[str | int, ...], int] = {}
 
     def intern(self, real: Expr, imaginary: Expr = sympy.S.Zero) -> int:
         """The index of an expression, the same for the same expression."""
@@ -63,10 +63,8 @@ class Pool:
     def map(self, name: str, rule: Callable[[Scalar], Scalar], x: Symbolic) -> Symbolic:
         """Apply a scalar rule to every element."""
         entries, where = torch.unique(x.index, return_inverse=True)
-        results = [
-            self._cached(name, e, -1, lambda e=e: rule(self.scalars[e])) for e in entries.tolist()
-        ]
-        return Symbolic(torch.tensor(results, dtype=torch.long)[where].reshape(x.index.shape))
+        results = torch.tensor([self._cached(name, rule, e) for e in entries.tolist()])
+        return Symbolic(results[where].reshape(x.index.shape))
 
     def combine(
         self, name: str, rule: Callable[[Scalar, Scalar], Scalar], x: Symbolic, y: Symbolic
@@ -76,16 +74,13 @@ class Pool:
         pairs, where = torch.unique(
             torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1, return_inverse=True
         )
-        results = [
-            self._cached(name, i, j, lambda i=i, j=j: rule(self.scalars[i], self.scalars[j]))
-            for i, j in pairs.t().tolist()
-        ]
-        return Symbolic(torch.tensor(results, dtype=torch.long)[where].reshape(a.shape))
+        results = torch.tensor([self._cached(name, rule, *p) for p in pairs.t().tolist()])
+        return Symbolic(results[where].reshape(a.shape))
 
-    def _cached(self, name: str, i: int, j: int, make: Callable[[], Scalar]) -> int:
-        key = (name, i, j)
+    def _cached(self, name: str, rule: Callable[..., Scalar], *entries: int) -> int:
+        key: tuple[str | int, ...] = (name, *entries)
         if key not in self._memo:
-            self._memo[key] = self.intern(*make())
+            self._memo[key] = self.intern(*rule(*(self.scalars[e] for e in entries)))
         return self._memo[key]
 
 

@@ -88,7 +88,9 @@ class Lookups:
             NotInterpretable: a column is no constant and no cosine or sine of a pair.
         """
         fits: dict[Expr, Expr] = {}
-        cosines, sines, worst = {}, {}, 0.0
+        cosines: dict[Expr, Column] = {}
+        sines: dict[Expr, Column] = {}
+        worst = 0.0
         for symbol, column in self.columns.items():
             if np.ptp(column) == 0:
                 fits[symbol] = sympy.Float(column[0], 17)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kvquant_compile.capture.ops import CASTS, op_name
+
 # What is computed by these mixes channels of a whole token: no rotation reaches across them.
 _BARRIERS = (
     "aten.linear", "aten.addmm", "aten.mm.", "aten.bmm", "aten.matmul", "aten.einsum",
@@ -89,8 +91,15 @@ def rotation_site(end: fx.Node, known: Taint) -> Site:
     candidates = [n for n in region - affected if isinstance(n.meta.get("val"), Tensor)]
     for candidate in sorted(candidates, key=known.order.__getitem__, reverse=True):
         if all(_comes_from(node, candidate, region) for node in frontier):
-            return Site(candidate, mixed=True)
+            return Site(_before_casts(candidate), mixed=True)
     return Site(None, mixed=True)
+
+
+def _before_casts(node: fx.Node) -> fx.Node:
+    """A key cast to float32 only for its rotation is stored as it was before the cast."""
+    while op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _region(end: fx.Node, known: Taint) -> set[fx.Node]:

@@ -1,0 +1,108 @@
+"""Raw graph -> append markers: ``cat([past, new])`` of every cache tensor becomes one append."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvquant_compile.capture.captured import CacheLayout
+from kvquant_compile.capture.edit import add_call, add_transpose, later, sort_topologically
+from kvquant_compile.capture.markers import APPEND
+from kvquant_compile.errors import UnsupportedLayerError
+
+_SIZE = torch.ops.aten.sym_size.int
+
+
+def mark_appends(gm: fx.GraphModule, layout: CacheLayout) -> None:
+    """Replace cache inputs by ``past`` and their concatenations by append markers.
+
+    Afterwards the inputs are (ids, past) and the output is the logits.
+
+    Raises:
+        UnsupportedLayerError: a cache tensor grows by something else than one torch.cat, or its
+            old content is used by itself.
+    """
+    graph = gm.graph
+    ids, *leaves = graph.find_nodes(op="placeholder")
+    outputs: Any = graph.output_node().args[0]
+    logits, *grown = outputs
+    joins = [
+        _concatenation(name, leaf, out, 2 if first else 1)
+        for name, leaf, out, first in zip(
+            layout.leaves, leaves, grown, layout.heads_first, strict=True
+        )
+    ]
+    graph.output_node().args = (logits,)
+    ids.target = ids.name = "ids"
+    past = _sizes_from_past(graph, ids, leaves, joins, layout)
+    for i in range(0, len(joins), 2):
+        _append(graph, layout.leaves[i][0], past, joins[i : i + 2], layout.heads_first[i : i + 2])
+    sort_topologically(graph)
+    graph.eliminate_dead_code()
+    for name, leaf in zip(layout.leaves, leaves, strict=True):
+        if leaf.users:
+            raise _not_grown(name, f"its past is also read by {next(iter(leaf.users))}")
+        graph.erase_node(leaf)
+    graph.lint()
+    gm.recompile()
+
+
+def _not_grown(name: tuple[int, str], why: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        "a cache layer cannot be captured",
+        where=f"layer {name[0]}, {name[1]}",
+        why=why,
+        do="Grow each cache tensor by one torch.cat([past, new], dim) along the sequence.",
+    )
+
+
+def _concatenation(name: tuple[int, str], leaf: fx.Node, grown: Any, axis: int) -> fx.Node:
+    """The cat node of a cache tensor."""
+    if isinstance(grown, fx.Node) and grown.target is torch.ops.aten.cat.default:
+        parts, where, *_ = (*grown.args, 0)
+        two = isinstance(parts, (list, tuple)) and len(parts) == 2 and parts[0] is leaf
+        if two and int(where) % 4 == axis:  # type: ignore[arg-type]
+            return grown
+    raise _not_grown(name, f"its new content is {grown}, not torch.cat([past, new], {axis})")
+
+
+def _sizes_from_past(
+    graph: fx.Graph,
+    ids: fx.Node,
+    leaves: list[fx.Node],
+    joins: list[fx.Node],
+    layout: CacheLayout,
+) -> fx.Node:
+    """Add the ``past`` input and express every size of a cache tensor by it and by ids."""
+    axis = 2 if layout.heads_first[0] else 1
+    with graph.inserting_after(ids):
+        past = graph.placeholder("past")
+    past.meta["val"] = leaves[0].meta["val"].shape[axis]
+    batch = add_call(graph, past, _SIZE, (ids, 0), ids.meta["val"].shape[0])
+    new = add_call(graph, batch, _SIZE, (ids, 1), ids.meta["val"].shape[1])
+    total = add_call(graph, new, operator.add, (past, new), past.meta["val"] + new.meta["val"])
+    for nodes, length in ((leaves, past), (joins, total)):
+        for node, first in zip(nodes, layout.heads_first, strict=True):
+            for user in [u for u in node.users if u.target is _SIZE]:
+                at = user.args[1]
+                if at == 0 or at == (2 if first else 1):
+                    user.replace_all_uses_with(batch if at == 0 else length)
+    return past
+
+
+def _append(
+    graph: fx.Graph, layer: int, past: fx.Node, joins: list[fx.Node], first: tuple[bool, ...]
+) -> None:
+    fresh = []
+    for join, heads_first in zip(joins, first, strict=True):
+        new = join.args[0][1]  # type: ignore[index]
+        assert isinstance(new, fx.Node)
+        fresh.append(new if heads_first else add_transpose(graph, new))
+    values = tuple(node.meta["val"] for node in fresh)
+    append = add_call(graph, later(graph, *fresh), APPEND, (*fresh, layer, past), values)
+    for i, (join, heads_first) in enumerate(zip(joins, first, strict=True)):
+        whole = add_call(graph, append, operator.getitem, (append, i), values[i])
+        join.replace_all_uses_with(whole if heads_first else add_transpose(graph, whole))
