@@ -10,11 +10,14 @@ The dequantised value has one definition, shared by the CPU path and every kerne
 slots and zero elsewhere; ``a`` is a float16 token scale (1 when the format has none); ``s`` and
 ``z`` are float16, per (token, head). Tables hold small integers, so that kernels can look codes
 up with byte permutes, and ``key_zero`` is an integer, so that a block's constant is exact.
+
+The remaining constants (weight, norm, gain, feedback) steer the encoder only; a reader of the
+cache never sees them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -64,6 +67,13 @@ class LayerTables:
         key_weight: float32 [H, key_dim], sensitivity by which outlier slots are chosen.
         value_table: int8 [H, 2**value_bits], ascending.
         value_gain, value_offset: float32 [H, value_dim], static channel transform.
+        key_norm: float32 [H] or [], weighted root mean square of a token (its outliers left
+            out) in table units that a token scale of 1 stands for.
+        key_stretch: float32 [H] or [], factor on the least-squares token scale that undoes its
+            shrinkage.
+        value_feedback: int8 [H, value_dim, value_dim] in units of 1 / 64, strictly upper block
+            triangular: how the coding error of a channel moves the later ones (rows: from).
+            Empty: every channel is coded on its own.
     """
 
     key_table: Tensor
@@ -73,6 +83,9 @@ class LayerTables:
     value_table: Tensor
     value_gain: Tensor
     value_offset: Tensor
+    key_norm: Tensor = field(default_factory=lambda: torch.ones(()))
+    key_stretch: Tensor = field(default_factory=lambda: torch.ones(()))
+    value_feedback: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
 
     def to(self, device: torch.device | str) -> LayerTables:
         """The same constants on another device."""

@@ -1,0 +1,68 @@
+"""Fit the constants of one layer from its keys, values and gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.calib.fit_keys import fit_keys
+from kvquant_compile.calib.fit_values import fit_values
+from kvquant_compile.calib.sensitivity import sensitivity
+from kvquant_compile.calib.settings import FitSettings
+from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.errors import CalibrationError
+
+MIN_TOKENS = 16
+
+
+def fit_layer(
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None,
+    gv: Tensor | None,
+    spec: CodecSpec,
+    settings: FitSettings | None = None,
+    ignore: Tensor | None = None,
+) -> LayerTables:
+    """Fit all constants of a layer. Deterministic.
+
+    Args:
+        k, v: float [H, N, D], keys before RoPE and values of the calibration tokens.
+        gk, gv: gradients of the loss with respect to them, or None for unweighted errors.
+        spec: the layer's format.
+        settings: ingredients; the defaults when None.
+        ignore: bool [N], tokens to leave out (attention sinks, padding).
+
+    Raises:
+        CalibrationError: too few tokens, or values that are not finite.
+    """
+    settings = settings or FitSettings()
+    keep = _kept(k, ignore)
+    keys, values = k[:, keep].float(), v[:, keep].float()
+    key_grad, value_grad = (None if g is None else g[:, keep].float() for g in (gk, gv))
+    _check_finite(keys, values)
+    key_part = fit_keys(keys, sensitivity(keys, key_grad, settings), spec, settings)
+    return LayerTables(**key_part, **fit_values(values, value_grad, spec, settings))
+
+
+def _kept(k: Tensor, ignore: Tensor | None) -> Tensor:
+    tokens = k.shape[1]
+    keep = torch.arange(tokens, device=k.device)
+    if ignore is not None:
+        keep = keep[~ignore]
+    if len(keep) < MIN_TOKENS:
+        raise CalibrationError(
+            "cannot fit a layer's tables",
+            why=f"only {len(keep)} calibration tokens are left, {MIN_TOKENS} are needed",
+            do="Calibrate with more or longer texts.",
+        )
+    return keep
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        raise CalibrationError(
+            "cannot fit a layer's tables",
+            why="its keys or values hold NaN or infinity on the calibration texts",
+            do="Check the model in this dtype, or calibrate in float32.",
+        )
