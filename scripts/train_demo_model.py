@@ -437,6 +437,26 @@ def window_losses(model: Any, ids: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([token_losses(model, part) for part in torch.split(rows, per_call)])
 
 
+@torch.no_grad()
+def perplexity_by_context(model: Any, ids: torch.Tensor, longest: int) -> dict[int, float]:
+    """Perplexity of the same tokens, scored with less or more text before them.
+
+    Quarters of a window hold different texts, some easier than others; here only the context
+    changes. Scored are some 32 blocks of a sixteenth of the longest window, spread over the text.
+    """
+    block = longest // 16
+    first, last = longest - block, ids.numel() - block
+    starts = range(first, last, max(block, (last - first) // 32))
+    result = {}
+    for context in (block // 4, block, 3 * block, 7 * block, longest - block):
+        total = 0.0
+        for start in starts:
+            window = ids[start - context : start + block][None]
+            total += float(token_losses(model, window)[:, -block:].sum())
+        result[context] = round(math.exp(total / (block * len(starts))), 3)
+    return result
+
+
 def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """Continue a prompt greedily by up to 60 tokens."""
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -469,6 +489,7 @@ def evaluate(args: argparse.Namespace) -> None:
             "bits_per_byte": round(float(losses.mean()) / math.log(2) / bytes_per_token, 4),
             "perplexity_by_quarter": [round(q, 3) for q in quarters],
         }
+    report["perplexity_by_context"] = perplexity_by_context(model, ids, args.long_context)
     (args.work / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     console.print(report)
 
@@ -496,11 +517,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--long-context", type=int, default=4096)
     add("--long-share", type=float, default=0.15, help="last share of the run, in long windows")
     add("--batch-tokens", type=int, default=131_072)
-    add("--tokens", type=float, default=1.0e9, help="stop after so many")
+    add("--tokens", type=float, default=3.0e8, help="stop after so many")
     add("--minutes", type=float, default=6.0, help="stop after so many")
     add("--lr", type=float, default=3e-3)
     add("--warmup", type=float, default=0.02, help="share of the run")
-    add("--weight-decay", type=float, default=0.1)
+    add("--weight-decay", type=float, default=0.3)
     add("--seed", type=int, default=20)
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
