@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvquant_compile.capture import Captured, capture
+from tests import decoders
 
 VOCAB = 128
 
@@ -83,4 +88,29 @@ def tokens(batch: int = 2, length: int = 12, *, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
 
 
-__all__ = ["VOCAB", "nn", "randomise", "tiny", "tokens"]
+@functools.cache
+def captured(model_type: str) -> Captured:
+    """The capture of ``tiny(model_type)``; shared by tests, which must not change its graph."""
+    return capture(tiny(model_type))
+
+
+@functools.cache
+def captured_decoder(name: str) -> Captured:
+    """The capture of a hand-written decoder of :mod:`tests.decoders`; shared by tests."""
+    return capture(decoder(name), (tokens(), None))
+
+
+def decoder(name: str) -> nn.Module:
+    """A randomised hand-written decoder of :mod:`tests.decoders`."""
+    torch.manual_seed(0)
+    return randomise(getattr(decoders, name)())
+
+
+def clone_graph(original: Captured) -> Captured:
+    """The same capture over a copy of its graph, which may be changed; weights are shared."""
+    gm = original.graph_module
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}), gm.graph.output_node().type)
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return dataclasses.replace(original, graph_module=fx.GraphModule(gm, graph))

@@ -24,6 +24,7 @@ def audit_firings(name: str, seen: Firings) -> None:
 
     Raises:
         UnsupportedModelError: no append (no key-value cache), or appends without attention.
+        UnsupportedLayerError: a mask of another kind than causal and sliding.
     """
     if not seen.appends:
         raise UnsupportedModelError(
@@ -34,6 +35,21 @@ def audit_firings(name: str, seen: Firings) -> None:
         )
     if seen.attends < seen.appends:
         raise bypass_error(name)
+    for kind in seen.masks:
+        if kind.looks_ahead:
+            raise UnsupportedModelError(
+                f"{name} cannot be captured",
+                why="it is no decoder: its tokens attend to later ones",
+                do="Use a decoder-only language model with a key-value cache.",
+            )
+        if not kind.understood:
+            raise UnsupportedLayerError(
+                "an attention mask cannot be captured",
+                where=name,
+                why="it is neither causal nor a sliding window (chunked, block-wise or custom): "
+                + kind.reason,
+                do="Models with such masks are not supported.",
+            )
 
 
 def audit_graph(graph: fx.Graph, seen: Firings) -> None:

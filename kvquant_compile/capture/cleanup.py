@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
+from kvquant_compile.capture.edit import SIZE, add_call
 from kvquant_compile.capture.markers import MASK
 from kvquant_compile.capture.torch_internals import drop_runtime_checks, plain_calling_convention
 
@@ -39,6 +40,26 @@ def flat_graph(
         first = first[0]
     output.args = (first,)
     return plain_calling_convention(gm)
+
+
+def sizes_from(gm: fx.GraphModule, name: str) -> None:
+    """Read batch size and new tokens off one input, whichever input the tracer read them from.
+
+    Positions and masks may then be None or broadcast, as far as the graph does not use them.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    source = next(n for n in inputs if n.target == name)
+    shape = source.meta["val"].shape
+    last = inputs[-1]
+    sizes = [add_call(gm.graph, last, SIZE, (source, d), shape[d]) for d in (1, 0)][::-1]
+    for other in inputs:
+        for user in [u for u in other.users if u.target is SIZE and u not in sizes]:
+            size = user.meta["val"]
+            same = [s for s, length in zip(sizes, shape, strict=False) if size is length
+                    or str(size) == str(length)]  # fmt: skip
+            if same:
+                user.replace_all_uses_with(same[0])
+    gm.graph.eliminate_dead_code()
 
 
 def mask_from_input(gm: fx.GraphModule, name: str) -> bool:

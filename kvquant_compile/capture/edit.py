@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+SIZE = torch.ops.aten.sym_size.int
+
 
 def add_call(graph: fx.Graph, after: fx.Node, op: Any, args: tuple[Any, ...], val: Any) -> fx.Node:
     """Insert a call right after a node, with its fake value and that node's source lines."""

@@ -9,13 +9,12 @@ import torch
 from torch import fx
 
 from kvquant_compile.capture.captured import CacheLayout
-from kvquant_compile.capture.edit import add_call, add_transpose, later, sort_topologically
+from kvquant_compile.capture.edit import SIZE, add_call, add_transpose, later, sort_topologically
 from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
 from kvquant_compile.capture.ops import op_name, origin
 from kvquant_compile.capture.site_meaning import Meaning, Site, understand
 from kvquant_compile.errors import UnsupportedLayerError
 
-_SIZE = torch.ops.aten.sym_size.int
 _PRODUCTS = ("matmul", "bmm", "einsum")
 
 
@@ -65,8 +64,8 @@ def mark_attention(gm: fx.GraphModule, layout: CacheLayout) -> bool:
 
 def _sizes(graph: fx.Graph) -> _Inputs:
     ids, past = graph.find_nodes(op="placeholder")
-    batch = add_call(graph, past, _SIZE, (ids, 0), ids.meta["val"].shape[0])
-    queries = add_call(graph, batch, _SIZE, (ids, 1), ids.meta["val"].shape[1])
+    batch = add_call(graph, past, SIZE, (ids, 0), ids.meta["val"].shape[0])
+    queries = add_call(graph, batch, SIZE, (ids, 1), ids.meta["val"].shape[1])
     return _Inputs(past, batch, queries)
 
 

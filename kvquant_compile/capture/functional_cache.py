@@ -9,11 +9,9 @@ import torch
 from torch import fx
 
 from kvquant_compile.capture.captured import CacheLayout
-from kvquant_compile.capture.edit import add_call, add_transpose, later, sort_topologically
+from kvquant_compile.capture.edit import SIZE, add_call, add_transpose, later, sort_topologically
 from kvquant_compile.capture.markers import APPEND
 from kvquant_compile.errors import UnsupportedLayerError
-
-_SIZE = torch.ops.aten.sym_size.int
 
 
 def mark_appends(gm: fx.GraphModule, layout: CacheLayout) -> None:
@@ -81,12 +79,12 @@ def _sizes_from_past(
     with graph.inserting_after(ids):
         past = graph.placeholder("past")
     past.meta["val"] = leaves[0].meta["val"].shape[axis]
-    batch = add_call(graph, past, _SIZE, (ids, 0), ids.meta["val"].shape[0])
-    new = add_call(graph, batch, _SIZE, (ids, 1), ids.meta["val"].shape[1])
+    batch = add_call(graph, past, SIZE, (ids, 0), ids.meta["val"].shape[0])
+    new = add_call(graph, batch, SIZE, (ids, 1), ids.meta["val"].shape[1])
     total = add_call(graph, new, operator.add, (past, new), past.meta["val"] + new.meta["val"])
     for nodes, length in ((leaves, past), (joins, total)):
         for node, first in zip(nodes, layout.heads_first, strict=True):
-            for user in [u for u in node.users if u.target is _SIZE]:
+            for user in [u for u in node.users if u.target is SIZE]:
                 at = user.args[1]
                 if at == 0 or at == (2 if first else 1):
                     user.replace_all_uses_with(batch if at == 0 else length)

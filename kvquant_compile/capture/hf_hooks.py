@@ -137,9 +137,8 @@ def _mask_marker(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] | None = None,
+    *,
+    mask_function: Callable[..., Tensor],
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **_: Any,
@@ -151,31 +150,20 @@ def _mask_marker(
     )
 
 
-def _next_kind(function: Callable[..., Tensor] | None) -> MaskKind:
+def _next_kind(function: Callable[..., Tensor]) -> MaskKind:
     """Classify in the eager run; while tracing, tensors have no data, so replay the answers."""
     if _active.replaying:
         _active.replayed += 1
         return _active.masks[_active.replayed - 1]
-    if function is None:
-        raise UnsupportedLayerError(
-            "an attention mask cannot be captured", why="its rule is not given",
-            do="Report the model.",
-        )  # fmt: skip
 
     def visible(query: Tensor, key: Tensor) -> Tensor:
         zero = torch.zeros_like(query)
         return function(zero, zero, query, key)
 
-    kind = mask_kind(visible)
-    if not kind.understood:
-        raise UnsupportedLayerError(
-            "an attention mask cannot be captured",
-            why="it is neither causal nor a sliding window (chunked, block-wise or custom): "
-            + kind.reason,
-            do="Models with such masks are not supported.",
-        )
-    _active.masks.append(kind)
-    return kind
+    # A mask of another kind is recorded, not refused: first comes the question whether the
+    # model is a decoder at all.
+    _active.masks.append(mask_kind(visible))
+    return _active.masks[-1]
 
 
 def _configs(model: nn.Module) -> list[Any]:

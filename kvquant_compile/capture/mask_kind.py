@@ -14,6 +14,7 @@ from kvquant_compile.capture.reference import CAUSAL, SLIDING
 # of that length is stored by these models.
 FARTHEST = 1 << 20
 _SAMPLES = 4096
+LOOKS_AHEAD = "a query sees keys after it"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class MaskKind:
     kind: str
     window: int = 0
     reason: str = ""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether queries see later keys: the model is an encoder."""
+        return self.reason == LOOKS_AHEAD
 
     @property
     def understood(self) -> bool:
@@ -43,6 +49,8 @@ def mask_kind(visible: Callable[[Tensor, Tensor], Tensor]) -> MaskKind:
     row = visible(torch.full_like(keys, FARTHEST), keys)
     seen = int(row.sum())
     window = 0 if seen == FARTHEST + 1 else seen
+    if bool(row[-1]):
+        return MaskKind("other", reason=LOOKS_AHEAD)
     if seen == 0:
         return MaskKind("other", reason=f"query {FARTHEST} sees no key")
     query, key = _sample_pairs(seen)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kvquant_compile.capture.audit import audit_firings, audit_graph, bypass_error
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input
+from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
 from kvquant_compile.capture.hf_hooks import Firings, capture_cache, markers_in
 from kvquant_compile.capture.hf_selfcheck import embedding_width, self_check
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
@@ -60,6 +60,7 @@ def capture_transformers(model: PreTrainedModel) -> Captured:
         seen = _eager_run(model, backbone, parameter)
         program = _export(model, backbone, parameter, seen)
         gm = flat_graph(program)
+        sizes_from(gm, "hidden")
         optional = mask_from_input(gm, "attention_mask")
         audit_graph(gm.graph, seen)
         evidence = self_check(gm, backbone, parameter, seen, mask_optional=optional)
@@ -109,9 +110,10 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModelError: there is none, so the model keeps no key-value cache.
     """
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if not isinstance(backbone, PreTrainedModel):
-        backbone = model.base_model
-    assert isinstance(backbone, PreTrainedModel)
+    if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is not None:
+        inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        headless = [m for m in inner if m.get_output_embeddings() is None]
+        backbone = (headless or [model])[0]
     takes = inspect.signature(backbone.forward).parameters
     missing = [name for name in ("inputs_embeds", "past_key_values") if name not in takes]
     if missing:
