@@ -41,6 +41,12 @@ _OWN: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
         "attn_logit_softcapping": 5.0,
     },
+    "gemma3_text": {
+        **_GROUPED,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt_neox": {"partial_rotary_factor": 0.25},
     "cohere": {**_GROUPED},
     "phi3": {**_GROUPED, "sliding_window": 8},

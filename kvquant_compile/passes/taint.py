@@ -97,8 +97,11 @@ def rotation_site(end: fx.Node, known: Taint) -> Site:
 
 def _before_casts(node: fx.Node) -> fx.Node:
     """A key cast to float32 only for its rotation is stored as it was before the cast."""
-    while op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while op_name(node) in CASTS and len(node.all_input_nodes) == 1:
+        (source,) = node.all_input_nodes
+        if float_value(source).dtype.itemsize > float_value(node).dtype.itemsize:
+            break
+        node = source
     return node
 
 
