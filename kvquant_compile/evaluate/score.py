@@ -7,7 +7,7 @@ same with a sabotaged cache would have measured nothing; the tests sabotage it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,10 @@ def _forward(model: nn.Module, ids: Tensor, **options: bool) -> Tensor:
 
 
 def score(
-    reference: Logits, candidates: dict[str, Logits], windows: Sequence[Tensor]
+    reference: Logits,
+    candidates: dict[str, Logits],
+    windows: Sequence[Tensor],
+    track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> dict[str, Score]:
     """Score several codecs on the same windows, the reference being run once for all.
 
@@ -83,13 +86,14 @@ def score(
         reference: logits of the full-precision model.
         candidates: name -> logits of a codec.
         windows: int64 [1, S] each.
+        track: iterates over the windows; a progress bar's.
 
     Returns:
         name -> score; the reference's own under ``"original"``.
     """
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("original", *candidates)}
     with torch.inference_mode():
-        for ids in windows:
+        for ids in track(windows):
             base = reference(ids)[0, :-1]
             targets = ids[0, 1:].to(base.device)
             sums["original"] += _compare(base, base, targets)

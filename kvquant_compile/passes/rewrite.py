@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from kvquant_compile.capture.markers import MARKERS
+from kvquant_compile.codec.spec import LayerTables
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants
 from kvquant_compile.passes.recognise import MatchedLayer
@@ -24,8 +25,7 @@ from kvquant_compile.plan import AttendPlan
 
 STEP_INPUTS = ("slots", "history", "table", "positions", "exact_chunk")
 _GEOMETRY = ("key_order", "query_order", "frequencies", "rope_scale")
-_TABLES = ("key_table", "key_scale", "key_zero", "key_weight", "value_table", "value_gain",
-           "value_offset")  # fmt: skip
+_TABLES = tuple(LayerTables.__dataclass_fields__)
 
 
 def rewrite(

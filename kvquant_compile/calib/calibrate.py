@@ -1,0 +1,130 @@
+"""Calibration from end to end: windows, observation, fit, artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvquant_compile.calib.artifact import Artifact
+from kvquant_compile.calib.data import WindowSettings, calibration_windows, sample_windows
+from kvquant_compile.calib.fit import fit_layer
+from kvquant_compile.calib.observe import Observed, observe
+from kvquant_compile.calib.settings import FitSettings
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.errors import OptionError
+from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.progress import Progress
+
+SENSITIVITIES = ("fisher", "none")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        windows: number, size and choice of windows.
+        fit: ingredients of the fit.
+        default_sinks: exact leading tokens unless the user says otherwise.
+        sampled: windows when the model has to sample them itself (sampling costs a decode step
+            per token, so they are shorter).
+    """
+
+    windows: WindowSettings = field(default_factory=WindowSettings)
+    fit: FitSettings = field(default_factory=FitSettings)
+    default_sinks: int = 1
+    sampled: WindowSettings = field(default_factory=lambda: WindowSettings(32, 512))
+
+    @staticmethod
+    def make(
+        seed: int = 0, windows: int | None = None, sensitivity: str = "fisher"
+    ) -> CalibrationOptions:
+        """Options from what ``optimize`` was given.
+
+        Raises:
+            OptionError: a value cannot be honoured.
+        """
+        if sensitivity not in SENSITIVITIES:
+            raise OptionError(
+                f"sensitivity={sensitivity!r}",
+                why=f"it is one of {', '.join(SENSITIVITIES)}",
+                do='Pass "fisher" or "none".',
+            )
+        if windows is not None and (not isinstance(windows, int) or windows < 1):
+            raise OptionError(
+                f"windows={windows!r}",
+                why="it is a whole number of calibration windows, at least 1",
+                do="Leave it out for the default.",
+            )
+        base = CalibrationOptions()
+        given = WindowSettings(windows or base.windows.windows, base.windows.tokens, seed)
+        sampled = WindowSettings(windows or base.sampled.windows, base.sampled.tokens, seed)
+        fit = FitSettings(sensitivity=sensitivity == "fisher")
+        return CalibrationOptions(given, fit, base.default_sinks, sampled)
+
+
+def observe_windows(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    data: Any,
+    tokenizer: Any,
+    options: CalibrationOptions,
+    bar: Progress,
+) -> dict[int, Observed]:
+    """Keys, values and gradients over the user's windows, or over sampled ones if there are none.
+
+    Raises:
+        CalibrationError: the data is unusable.
+    """
+    if data is None:
+        bar.stage("sample calibration text")
+        windows = sample_windows(captured, options.sampled)
+    else:
+        windows = calibration_windows(data, tokenizer, captured, options.windows)
+    steps = bar.each("observe keys and values", windows, len(windows))
+    return observe(captured, layers, steps, options.fit.sensitivity)
+
+
+def fit_artifact(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    specs: Mapping[int, CodecSpec],
+    observed: Mapping[int, Observed],
+    options: CalibrationOptions,
+    bar: Progress | None = None,
+) -> Artifact:
+    """Fit every layer's tables; lossless layers have none."""
+    tables: dict[int, LayerTables] = {}
+    order = [layer.plan.index for layer in layers]
+    for index in order if bar is None else bar.each("fit tables", order, len(order)):
+        spec, seen = specs[index], observed.get(index)
+        if not spec.lossless:
+            assert seen is not None
+            tables[index] = fit_layer(
+                seen.keys,
+                seen.values,
+                seen.key_gradients,
+                seen.value_gradients,
+                spec,
+                options.fit,
+                ignore=seen.places < spec.sink_tokens,
+            )
+    return Artifact.make(captured, layers, specs, tables, options)
+
+
+def calibrate(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    specs: Mapping[int, CodecSpec],
+    data: Any,
+    tokenizer: Any,
+    options: CalibrationOptions,
+    bar: Progress,
+) -> Artifact:
+    """Tables for a model; nothing of it is run when every layer is lossless."""
+    observed: dict[int, Observed] = {}
+    if not all(spec.lossless for spec in specs.values()):
+        observed = observe_windows(captured, layers, data, tokenizer, options, bar)
+    return fit_artifact(captured, layers, specs, observed, options, bar)

@@ -1,0 +1,219 @@
+"""The command line: ``kvquant-compile demo | optimize | calibrate | explain | eval | selftest``."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvquant_compile.errors import KVQuantError, OptionError
+
+app = typer.Typer(
+    help="Store a decoder's KV cache in 2 to 4 bits; see the README.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[str, typer.Option("--model", help="Model folder or hub id.")]
+BitsOption = Annotated[str, typer.Option("--bits", help="Widths, comma separated.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Text file, or artifact (*.safetensors); default: the "
+                 "model samples its own text."),
+]  # fmt: skip
+WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows.")]
+
+
+def main() -> None:
+    """Entry point; our own errors end as one message and exit code 2."""
+    try:
+        app()
+    except KVQuantError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(2) from error
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option("--model", help="Default: the embedded one.")] = None,
+    bits: BitsOption = "4,3,2",
+    json: JsonOption = False,
+    dtype: DtypeOption = "float32",
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 60,
+    window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 2048,
+    limit: Annotated[int, typer.Option(help="Evaluation windows.")] = 8,
+) -> None:
+    """Optimise a small model at several widths and show what that costs and saves."""
+    from kvquant_compile.demo import run_demo
+
+    result = run_demo(model, _widths(bits), dtype, tokens, window, limit, quiet=json)
+    if json:
+        typer.echo(json_module.dumps(result, indent=2))
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelOption,
+    text: Annotated[Path, typer.Option(help="UTF-8 text to score.")],
+    bits: BitsOption = "4,3,2",
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    limit: Annotated[int | None, typer.Option(help="Use only the first windows.")] = None,
+    calibration: CalibrationOption = None,
+    windows: WindowsOption = None,
+    baselines: Annotated[bool, typer.Option(help="Score other codecs too.")] = True,
+    dtype: DtypeOption = "float32",
+    seed: int = 0,
+    json: JsonOption = False,
+) -> None:
+    """Perplexity and KL to the original, every token attending to quantised keys and values."""
+    from kvquant_compile.calib.calibrate import CalibrationOptions
+    from kvquant_compile.evaluate.run import evaluate_widths, prepare
+    from kvquant_compile.evaluate.table import render
+    from kvquant_compile.evaluate.text import read_text, text_windows
+    from kvquant_compile.progress import Progress
+
+    widths = _widths(bits)
+    network, tokenizer = load_model(model, dtype)
+    chosen = text_windows(read_text(text), tokenizer, window, limit)
+    data = None if calibration is None else read_text(calibration)
+    options = CalibrationOptions.make(seed=seed, windows=windows)
+    with Progress() as bar:
+        prepared = prepare(network, data, tokenizer, options, bar)
+        rows = evaluate_widths(prepared, widths, chosen, options, bar, baselines)
+    if json:
+        record = {"model": model, "text": text.name, "window": window, "windows": len(chosen),
+                  "seconds": prepared.seconds, "rows": [r.to_dict() for r in rows]}  # fmt: skip
+        typer.echo(json_module.dumps(record, indent=2))
+    else:
+        title = f"{model}: {text.name}, {len(chosen)} windows of {window}"
+        Console().print(render(rows, title))
+
+
+@app.command()
+def calibrate(
+    model: ModelOption,
+    output: Annotated[Path, typer.Argument(help="Artifact to write (*.safetensors).")],
+    bits: BitsOption = "3",
+    calibration: CalibrationOption = None,
+    windows: WindowsOption = None,
+    dtype: DtypeOption = "auto",
+    seed: int = 0,
+) -> None:
+    """Fit tables and save them; ``optimize(model, calibration="file.safetensors")`` uses them."""
+    import kvquant_compile
+
+    network = _optimised(model, bits, calibration, windows, dtype, seed)
+    kvquant_compile.artifact(network).save(output)
+    typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
+
+
+@app.command()
+def explain(
+    model: ModelOption,
+    bits: BitsOption = "3",
+    calibration: CalibrationOption = None,
+    windows: WindowsOption = None,
+    dtype: DtypeOption = "auto",
+    seed: int = 0,
+    json: JsonOption = False,
+) -> None:
+    """Optimise a model and print what was matched, proved and rewritten."""
+    import kvquant_compile
+
+    network = _optimised(model, bits, calibration, windows, dtype, seed)
+    report = kvquant_compile.explain(network)
+    if json:
+        typer.echo(json_module.dumps(report.to_dict(), indent=2))
+    else:
+        Console().print(report)
+
+
+@app.command()
+def optimize(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    bits: BitsOption = "3",
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
+    calibration: CalibrationOption = None,
+    windows: WindowsOption = None,
+    dtype: DtypeOption = "auto",
+    seed: int = 0,
+) -> None:
+    """Optimise a model and continue a prompt with it."""
+    network = _optimised(model, bits, calibration, windows, dtype, seed)
+    tokenizer = _tokenizer(model)
+    inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
+    output = network.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@app.command()
+def selftest(model: ModelOption, dtype: DtypeOption = "float32") -> None:
+    """Capture, prove and validate a model losslessly, and sabotage its cache to see it matter."""
+    from kvquant_compile.evaluate.selftest import run_selftest
+
+    network, _ = load_model(model, dtype)
+    checks = run_selftest(network)
+    for name, (passed, detail) in checks.items():
+        typer.echo(f"{'ok  ' if passed else 'FAIL'} {name}: {detail}")
+    if not all(passed for passed, _ in checks.values()):
+        raise typer.Exit(1)
+
+
+def _widths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(
+            f"--bits {text}", why="it is no list of whole numbers", do="Pass --bits 4,3,2."
+        ) from error
+
+
+def load_model(name: str, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"cannot load the model {name}",
+            why=str(error).splitlines()[0],
+            do="Pass a folder in transformers format, or a hub id that can be reached.",
+        ) from error
+    return network, _tokenizer(name)
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _optimised(
+    name: str, bits: str, calibration: Path | None, windows: int | None, dtype: str, seed: int
+) -> Any:
+    import kvquant_compile
+    from kvquant_compile.evaluate.text import read_text
+
+    widths = _widths(bits)
+    if len(widths) > 2:
+        raise OptionError(
+            f"--bits {bits}", why="one model has one format", do="Pass one width, or key,value."
+        )
+    network, tokenizer = load_model(name, dtype)
+    data: Any = calibration
+    if calibration is not None and calibration.suffix != ".safetensors":
+        data = read_text(calibration)
+    return kvquant_compile.optimize(
+        network,
+        bits=widths[0] if len(widths) == 1 else (widths[0], widths[1]),
+        calibration=data,
+        tokenizer=tokenizer,
+        windows=windows,
+        seed=seed,
+    )
