@@ -180,6 +180,19 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
+def attention_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model attends with the named implementation inside the block; restored after it."""
+    configs = [(config, config._attn_implementation) for config in _configs(model)]
+    try:
+        for config, _ in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in configs:
+            config._attn_implementation = implementation
+
+
+@contextmanager
 def markers_in(model: PreTrainedModel, seen: Firings) -> Iterator[None]:
     """Attention and masks of the model are markers inside the block; all is restored after it.
 
@@ -189,13 +202,9 @@ def markers_in(model: PreTrainedModel, seen: Firings) -> Iterator[None]:
     global _active
     AttentionInterface.register(INTERFACE, _attention_marker)
     AttentionMaskInterface.register(INTERFACE, _mask_marker)
-    configs = [(config, config._attn_implementation) for config in _configs(model)]
     previous, _active = _active, seen
     try:
-        for config, _ in configs:
-            config._attn_implementation = INTERFACE
-        yield
+        with attention_by(model, INTERFACE):
+            yield
     finally:
         _active = previous
-        for config, implementation in configs:
-            config._attn_implementation = implementation

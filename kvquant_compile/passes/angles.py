@@ -26,7 +26,14 @@ def position_values(captured: Captured, start: int, tokens: int, batch: int) -> 
         ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
         return {captured.placeholder("ids"): ids, captured.placeholder("past"): start}
     positions = torch.arange(start, start + tokens, device=device).repeat(batch, 1)
-    return {captured.placeholder("position_ids"): positions, captured.placeholder("past"): start}
+    hidden = captured.placeholder("hidden")
+    width = hidden.meta["val"].shape[2]
+    return {
+        captured.placeholder("position_ids"): positions,
+        captured.placeholder("past"): start,
+        # Read for its sizes only.
+        hidden: torch.zeros(batch, tokens, width, dtype=captured.dtype, device=device),
+    }
 
 
 class AngleReader:

@@ -5,6 +5,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvquant_compile.capture import ATTEND, MASK, capture, run_marked
+from kvquant_compile.capture.hf_hooks import attention_by
 from tests import zoo
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox", "cohere", "phi3", "gpt2",
@@ -29,7 +30,7 @@ def test_graph_equals_model_over_a_left_padded_conversation(model_type):
     for tokens in (13, 1, 1, 9):
         now = slice(past, past + tokens)
         inputs = hidden[:, now], mask[:, : past + tokens], positions[:, now]
-        with torch.no_grad():
+        with torch.no_grad(), attention_by(backbone, captured.evidence["reference"]):
             got = run_marked(captured.graph_module, store, *inputs, past)
             expected = backbone(
                 inputs_embeds=inputs[0], attention_mask=inputs[1], position_ids=inputs[2],
