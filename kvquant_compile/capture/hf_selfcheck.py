@@ -60,8 +60,14 @@ def self_check(
             f" {worst:.1e}",
             do="Report the model; nothing was changed.",
         )
-    return {"reference": reference, "lengths": lengths, "relative_error": worst,
-            "appends": seen.appends, "attends": seen.attends, "masks": [[k.kind, k.window] for k in seen.masks]}  # fmt: skip
+    return {
+        "reference": reference,
+        "lengths": lengths,
+        "relative_error": worst,
+        "appends": seen.appends,
+        "attends": seen.attends,
+        "masks": [[kind.kind, kind.window] for kind in seen.masks],
+    }
 
 
 def _conversation(
