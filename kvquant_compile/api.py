@@ -10,7 +10,7 @@ from torch import nn
 
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.calibrate import CalibrationOptions, calibrate
-from kvquant_compile.capture import Captured, capture
+from kvquant_compile.capture import capture
 from kvquant_compile.config import Bits, FormatOptions
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
 from kvquant_compile.inspect.report import Report, build_report
@@ -23,6 +23,7 @@ from kvquant_compile.runtime.plugback import (
     Installed,
     install,
     installed,
+    output_type,
     uninstall,
 )
 from kvquant_compile.runtime.program import build_program
@@ -79,7 +80,7 @@ def optimize(
         KVQuantError: something cannot be honoured; nothing was changed then.
     """
     _refuse_optimised(model)
-    artifact = _given_artifact(calibration)
+    given = _given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
     form = FormatOptions(bits, slots, options.default_sinks if sinks is None else sinks)
     with Progress(progress) as bar:
@@ -91,9 +92,9 @@ def optimize(
         specs = {layer.plan.index: form.spec(layer.plan.index) for layer in layers}
         bar.stage("validate (lossless)")
         errors = validate_lossless(captured, layers)
-        if artifact is None:
-            artifact = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
-        specs, tables = artifact.for_model(captured, layers)
+        if given is None:
+            given = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
+        specs, tables = given.for_model(captured, layers)
         bar.stage("rewrite")
         constants = {
             layer.plan.index: lower_layer(
@@ -106,9 +107,9 @@ def optimize(
             for layer in layers
         }
         program = build_program(captured, layers, constants)
-    report = build_report(captured, layers, program, errors, artifact)
-    state = Installed(program, captured, report, attend_quantized)
-    install(model, state)
+    report = build_report(captured, layers, program, errors, given)
+    state = Installed(program, captured, given, report, attend_quantized)
+    install(model, state, output_type(captured))
     return model
 
 
@@ -129,6 +130,15 @@ def explain(model: nn.Module) -> Report:
         OptionError: it is not optimised.
     """
     return installed(model).report
+
+
+def artifact(model: nn.Module) -> Artifact:
+    """The formats and tables of an optimised model, to be saved and used again.
+
+    Raises:
+        OptionError: it is not optimised.
+    """
+    return installed(model).artifact
 
 
 def new_cache(model: nn.Module) -> QuantizedCache:
@@ -183,4 +193,4 @@ def _check_refusals(layers: Sequence[MatchedLayer], strict: bool) -> None:
     warnings.warn(f"kvquant_compile: {error}", stacklevel=3)
 
 
-__all__ = ["Captured", "explain", "new_cache", "optimize", "restore"]
+__all__ = ["artifact", "explain", "new_cache", "optimize", "restore"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvquant_compile.calib.artifact import Artifact
@@ -111,7 +111,7 @@ def fit_artifact(
                 options.fit,
                 ignore=seen.places < spec.sink_tokens,
             )
-    return Artifact.make(captured, layers, specs, tables, options)
+    return Artifact.make(captured, layers, specs, tables, asdict(options))
 
 
 def calibrate(

@@ -10,9 +10,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from kvquant_compile.codec.layout import PageLayout, padded
+from kvquant_compile.calib.artifact import Artifact
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import PAGE_TOKENS
+from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import LayerPlan
+from kvquant_compile.runtime.program import Program
 
 
 @dataclass(frozen=True)
@@ -201,11 +205,25 @@ def _rope(plan: LayerPlan) -> str:
     return f"{plan.rope.pairing} {turned}" + (f"/{plan.key_dim}" if turned < plan.key_dim else "")
 
 
-def padding_note(layout: PageLayout) -> str:
-    """What padding of odd head sizes costs; empty when there is none."""
-    if layout.key_dim % 16 == 0 and layout.value_dim % 16 == 0:
-        return ""
-    return (
-        f"heads of {layout.key_dim}/{layout.value_dim} channels are stored as "
-        f"{padded(layout.key_dim)}/{padded(layout.value_dim)}"
+def build_report(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    program: Program,
+    validation: Mapping[str, float],
+    artifact: Artifact,
+) -> Report:
+    """The report of one optimised model."""
+    kernel = "torch (CPU)" if program.device.type == "cpu" else f"torch ({program.device.type})"
+    return Report(
+        model=type(captured.model).__name__,
+        convention=captured.convention,
+        dtype=str(program.dtype).removeprefix("torch."),
+        device=str(program.device),
+        layers=tuple(
+            layer_report(layer.plan, layout, kernel)
+            for layer, layout in zip(layers, program.layouts, strict=True)
+        ),
+        validation=dict(validation),
+        calibration=artifact.details,
+        sinks=max((layout.spec.sink_tokens for layout in program.layouts), default=0),
     )

@@ -87,7 +87,9 @@ def attend(
     state = OnlineSoftmax(grouped.shape[:-1], value.shape[-1], query.device)
     limit = history if exact_chunk else torch.maximum(history, slots.amax(1) + 1)
     for first, keys, values in _blocks(cache, slots, limit, site.window, query.dtype):
-        visible = _visible(slots, first, keys.shape[2], limit, site.window)
+        places = slice(first, first + keys.shape[2])
+        hidden = cache.positions[:, places] < 0
+        visible = _visible(slots, first, hidden, limit, site.window)
         _update(state, grouped, keys, values, visible, site.softcap)
     if exact_chunk:
         _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
@@ -147,13 +149,20 @@ def rotate(keys: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def _visible(slots: Tensor, first: int, count: int, limit: Tensor, window: int) -> Tensor | None:
-    """Which of the slots ``first ..`` each query sees: bool [B, S, count]; None when all do."""
+def _visible(
+    slots: Tensor, first: int, hidden: Tensor, limit: Tensor, window: int
+) -> Tensor | None:
+    """Which of the slots ``first ..`` each query sees: bool [B, S, count]; None when all do.
+
+    ``hidden`` [B, count] are slots that nobody sees.
+    """
+    count = hidden.shape[1]
     place = torch.arange(first, first + count, device=slots.device)
     low, high = int(slots.min()), int(limit.min())
-    if low >= first + count - 1 and high >= first + count and not window:
+    whole = low >= first + count - 1 and high >= first + count and not window
+    if whole and not bool(hidden.any()):
         return None
-    seen = (place <= slots[..., None]) & (place < limit[:, None, None])
+    seen = (place <= slots[..., None]) & (place < limit[:, None, None]) & ~hidden[:, None]
     return seen & (place > slots[..., None] - window) if window else seen
 
 

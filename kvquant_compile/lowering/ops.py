@@ -7,7 +7,8 @@ Both take the cache as plain tensors, so that graphs can be exported, compiled a
 * ``sinks``: [B, heads, sink tokens, key width + value width], exact leading tokens.
 * ``slots``: int32 [B, S], place in its sequence of every token of the step; -1 for padding.
 * ``history``: int32 [B], tokens each sequence had stored before the step.
-* ``positions``: int32 [B, 64 n], position of every stored token (RoPE is applied on reading).
+* ``positions``: int32 [B, 64 n], position of every stored token (RoPE is applied on reading);
+  negative where a token is hidden from all queries.
 * ``tables``, ``geometry``: the layer's constants (:class:`~.constants.LayerConstants`).
 * ``format``: the page layout as a string.
 """

@@ -127,6 +127,7 @@ class QuantizedCache(Cache):
         for layer in self.layers:
             layer.slabs, layer.sinks = [], torch.empty(0)
         self.columns, self.batch = 0, 0
+        self.hides = False
         self.valid: Tensor | None = None
         self.table = torch.empty(0, 0, dtype=torch.int32, device=self.device)
         self.positions = torch.empty(0, 0, dtype=torch.int32, device=self.device)
@@ -264,19 +265,30 @@ class QuantizedCache(Cache):
                 do="Pass a 2-D mask over cached and new tokens, or none.",
             )
         seen = mask.to(self.device).bool()
-        self._check_history(seen[:, : self.columns])
+        self._hide(seen[:, : self.columns])
         real = seen[:, self.columns :]
         return None if bool(real.all()) else real
 
-    def _check_history(self, seen: Tensor) -> None:
-        """Cached padding cannot become real, nor the reverse: it was never stored."""
-        known = torch.ones_like(seen) if self.valid is None else self.valid
-        if not torch.equal(seen, known):
+    def _hide(self, seen: Tensor) -> None:
+        """Hide cached tokens that the mask now leaves out (a finished row's fillers, in the next
+        turn) and show those it brings back. A hidden token's position p is stored as -1 - p."""
+        stored = torch.ones_like(seen) if self.valid is None else self.valid
+        if bool((seen & ~stored).any()):
             raise CacheError(
                 "the attention mask contradicts the cache",
-                why="it marks cached tokens as padding that were stored as real, or the reverse",
-                do="Keep the mask's earlier columns as they were when the tokens were cached.",
+                why="it marks cached padding as real, and padding is not stored",
+                do="Keep the mask's zeros as they were when the tokens were cached.",
             )
+        hidden = stored & ~seen
+        if not self.hides and not bool(hidden.any()):
+            return
+        self.hides = True
+        slots = stored.cumsum(1) - 1
+        row, column = stored.nonzero(as_tuple=True)
+        slot = slots[row, column]
+        known = self.positions[row, slot]
+        shown = torch.where(known < 0, -1 - known, known)
+        self.positions[row, slot] = torch.where(hidden[row, column], -1 - shown, shown)
 
     def _extended(self, real: Tensor | None, batch: int, steps: int) -> Tensor | None:
         if real is None and self.valid is None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError, UnsupportedModelError
 from kvquant_compile.runtime.cache import QuantizedCache
@@ -32,6 +33,7 @@ class Installed:
     Attributes:
         program: the rewritten graph.
         captured: the captured original.
+        artifact: formats and tables.
         report: what ``explain`` shows.
         attend_quantized: every query reads every token, its own included, from the packed
             cache, also where ``use_cache`` is off. Honest evaluation needs it.
@@ -40,6 +42,7 @@ class Installed:
 
     program: Program
     captured: Captured
+    artifact: Artifact
     report: Any
     attend_quantized: bool = False
     warned: set[str] = field(default_factory=set)
@@ -65,6 +68,15 @@ def installed(model: nn.Module) -> Installed:
             do="Call kvquant_compile.optimize(model) first.",
         )
     return state
+
+
+def output_type(captured: Captured) -> type | None:
+    """The class of what a transformers backbone returns, found by calling it on one token."""
+    if captured.convention != "transformers":
+        return None
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=captured.device)
+    with torch.no_grad():
+        return type(captured.backbone(input_ids=ids, use_cache=False))
 
 
 def install(model: nn.Module, state: Installed, output_type: type | None) -> None:

@@ -1,0 +1,42 @@
+"""A compiler pass that stores the KV cache of any decoder in 2 to 4 bits.
+
+    model = kvquant_compile.optimize(model, bits=3)
+
+See :func:`optimize`; the package's README lists the parts.
+"""
+
+from kvquant_compile.api import artifact, explain, new_cache, optimize, restore
+from kvquant_compile.calib.artifact import Artifact
+from kvquant_compile.errors import (
+    ArtifactError,
+    CacheError,
+    CalibrationError,
+    KVQuantError,
+    OptionError,
+    UnsupportedLayerError,
+    UnsupportedModelError,
+    ValidationError,
+)
+from kvquant_compile.evaluate.score import quantised_attention
+from kvquant_compile.runtime.cache import QuantizedCache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "CacheError",
+    "CalibrationError",
+    "KVQuantError",
+    "OptionError",
+    "QuantizedCache",
+    "UnsupportedLayerError",
+    "UnsupportedModelError",
+    "ValidationError",
+    "artifact",
+    "explain",
+    "new_cache",
+    "optimize",
+    "quantised_attention",
+    "restore",
+]

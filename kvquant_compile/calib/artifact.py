@@ -1,0 +1,150 @@
+"""Calibrated tables as a file: one safetensors file whose metadata is JSON, bound to a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from kvquant_compile.calib.fingerprint import fingerprint
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.errors import ArtifactError
+from kvquant_compile.passes.recognise import MatchedLayer
+
+KIND, VERSION = "kvquant_compile tables", "1"
+_REDO = "Calibrate again with kvquant_compile.optimize and save the artifact anew."
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """Formats and tables of every layer.
+
+    Attributes:
+        specs: cache index -> format.
+        tables: cache index -> constants; lossless layers have none.
+        model: fingerprint of the model they were fitted for.
+        geometry: cache index -> (kv heads, key dim, value dim).
+        details: JSON-able record of how they were made.
+    """
+
+    specs: Mapping[int, CodecSpec]
+    tables: Mapping[int, LayerTables]
+    model: str
+    geometry: Mapping[int, tuple[int, int, int]]
+    details: Mapping[str, Any]
+
+    @staticmethod
+    def make(
+        captured: Captured,
+        layers: Sequence[MatchedLayer],
+        specs: Mapping[int, CodecSpec],
+        tables: Mapping[int, LayerTables],
+        details: Mapping[str, Any],
+    ) -> Artifact:
+        """Bind tables to a captured model."""
+        return Artifact(
+            dict(specs), dict(tables), fingerprint(captured.model), _geometry(layers), dict(details)
+        )
+
+    def for_model(
+        self, captured: Captured, layers: Sequence[MatchedLayer]
+    ) -> tuple[dict[int, CodecSpec], dict[int, LayerTables | None]]:
+        """Formats and tables by cache index, after checking that they are this model's.
+
+        Raises:
+            ArtifactError: they were fitted for another model.
+        """
+        if self.model != fingerprint(captured.model) or self.geometry != _geometry(layers):
+            raise ArtifactError(
+                "the artifact belongs to another model",
+                why="its fingerprint (config, parameter shapes, weight samples) differs",
+                do=_REDO,
+            )
+        return dict(self.specs), {index: self.tables.get(index) for index in self.specs}
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {
+            f"{index}.{name}": tensor.cpu().contiguous()
+            for index, tables in self.tables.items()
+            for name, tensor in tables.tensors().items()
+        }
+        header = {
+            "model": self.model,
+            "specs": {str(i): asdict(spec) for i, spec in self.specs.items()},
+            "geometry": {str(i): list(g) for i, g in self.geometry.items()},
+            "details": dict(self.details),
+        }
+        text = json.dumps(header, sort_keys=True)
+        metadata = {"kind": KIND, "version": VERSION, "header": text}
+        metadata["checksum"] = _checksum(text, tensors)
+        save_file(tensors, path, metadata=metadata)
+
+    @staticmethod
+    def load(path: str | Path) -> Artifact:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: no such file, no artifact, another version, or damaged.
+        """
+        metadata, tensors = _read(path)
+        if metadata.get("kind") != KIND or metadata.get("version") != VERSION:
+            raise ArtifactError(
+                "the file cannot be used as an artifact",
+                where=str(path),
+                why=f"it is {metadata.get('kind', 'no artifact of this library')!r}, version "
+                f"{metadata.get('version')}; {KIND!r}, version {VERSION} is needed",
+                do=_REDO,
+            )
+        text = metadata.get("header", "")
+        if metadata.get("checksum") != _checksum(text, tensors):
+            raise _damaged(path, "its checksum does not match its content")
+        header = json.loads(text)
+        specs = {int(i): CodecSpec(**spec) for i, spec in header["specs"].items()}
+        geometry = {int(i): (g[0], g[1], g[2]) for i, g in header["geometry"].items()}
+        names = LayerTables.__dataclass_fields__
+        tables = {
+            i: LayerTables(**{name: tensors[f"{i}.{name}"] for name in names})
+            for i, spec in specs.items()
+            if not spec.lossless
+        }
+        return Artifact(specs, tables, header["model"], geometry, header["details"])
+
+
+def _geometry(layers: Sequence[MatchedLayer]) -> dict[int, tuple[int, int, int]]:
+    plans = [layer.plan for layer in layers]
+    return {p.index: (p.kv_heads, p.key_dim, p.value_dim) for p in plans}
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            "no such artifact", where=str(path), why="the file does not exist", do=_REDO
+        ) from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from error
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Digest of the header and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _damaged(path: str | Path, why: str) -> ArtifactError:
+    return ArtifactError("the artifact is damaged", where=str(path), why=why, do=_REDO)

@@ -1,0 +1,36 @@
+"""A model's fingerprint: what a calibration artifact is bound to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+SAMPLES = 64
+# What changes when the same model is loaded elsewhere or by another release.
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex digest of the config, the parameters' names and shapes, and samples of every weight.
+
+    Independent of device, and of dtype as long as the weights are representable in both.
+    """
+    digest = hashlib.sha256(json.dumps(_config(model), sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        if flat.numel():
+            places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).long()
+            digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {"class": type(model).__qualname__}
+    return {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
