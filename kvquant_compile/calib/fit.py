@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kvquant_compile.calib.fit_keys import fit_keys
 from kvquant_compile.calib.fit_values import fit_values
-from kvquant_compile.calib.sensitivity import sensitivity
 from kvquant_compile.calib.settings import FitSettings
 from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.errors import CalibrationError
@@ -41,7 +40,7 @@ def fit_layer(
     keys, values = k[:, keep].float(), v[:, keep].float()
     key_grad, value_grad = (None if g is None else g[:, keep].float() for g in (gk, gv))
     _check_finite(keys, values)
-    key_part = fit_keys(keys, sensitivity(keys, key_grad, settings), spec, settings)
+    key_part = fit_keys(keys, key_grad, spec, settings)
     return LayerTables(**key_part, **fit_values(values, value_grad, spec, settings))
 
 

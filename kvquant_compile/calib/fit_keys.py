@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvquant_compile.calib.levels import even_levels, normal_levels
 from kvquant_compile.calib.nuq import weighted_kmeans
-from kvquant_compile.calib.sensitivity import Sensitivity
+from kvquant_compile.calib.sensitivity import Sensitivity, feedback_matrix, sensitivity
 from kvquant_compile.calib.settings import FitSettings
 from kvquant_compile.codec.keys import dequantise_keys, quantise_keys
 from kvquant_compile.codec.nuq import levels_of, nearest_codes
@@ -101,9 +101,10 @@ class _KeyFit:
 
 
 def fit_keys(
-    k: Tensor, weights: Sensitivity, spec: CodecSpec, settings: FitSettings
+    k: Tensor, grad: Tensor | None, spec: CodecSpec, settings: FitSettings
 ) -> dict[str, Tensor]:
-    """Key constants, by field of ``LayerTables``, from float32 keys [H, N, D]."""
+    """Key constants, by field of ``LayerTables``, from float32 keys and gradients [H, N, D]."""
+    weights = sensitivity(k, grad, settings)
     stride = max(1, -(-k.shape[1] // settings.fit_tokens))
     sample = Sensitivity(weights.channel, weights.token[:, ::stride])
     fit = _KeyFit(k[:, ::stride].contiguous(), sample, spec, settings)
@@ -111,9 +112,9 @@ def fit_keys(
         fit.step()
     constants = fit.rounded()
     constants["key_stretch"] = torch.ones_like(constants["key_norm"])
-    for _ in range(STRETCH_STEPS if settings.stretch else 0):
-        constants = _stretched(fit, constants)
-    return constants
+    if settings.key_feedback and grad is not None:
+        constants["key_feedback"] = feedback_matrix(grad, constants["key_scale"], settings.damping)
+    return _partly_stretched(fit, constants, settings.stretch)
 
 
 def _grid(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
@@ -122,6 +123,23 @@ def _grid(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
     scale = scale.half().float()
     zero = (offset / scale).round().clamp(-ZERO_LIMIT, ZERO_LIMIT)
     return {"key_scale": scale, "key_zero": zero}
+
+
+def _partly_stretched(fit: _KeyFit, constants: dict[str, Tensor], part: float) -> dict[str, Tensor]:
+    """Undo ``part`` of the shrinkage of keys (Q-Norm): between the given constants and slope 1."""
+    if part == 0:
+        return constants
+    full = constants
+    for _ in range(STRETCH_STEPS):
+        full = _stretched(fit, full)
+    offsets = [c["key_scale"] * c["key_zero"] for c in (constants, full)]
+    offset = offsets[0] + part * (offsets[1] - offsets[0])
+    powers = {
+        name: constants[name] ** (1 - part) * full[name] ** part
+        for name in ("key_scale", "key_stretch")
+    }
+    stretch = powers["key_stretch"]
+    return {**constants, "key_stretch": stretch, **_grid(powers["key_scale"], offset)}
 
 
 def _stretched(fit: _KeyFit, constants: dict[str, Tensor]) -> dict[str, Tensor]:

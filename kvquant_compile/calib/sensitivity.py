@@ -34,7 +34,7 @@ def sensitivity(x: Tensor, grad: Tensor | None, settings: FitSettings) -> Sensit
         heads, tokens, dim = x.shape
         return Sensitivity(x.new_ones(heads, dim), x.new_ones(heads, tokens))
     return Sensitivity(
-        _mean_one(grad.square().mean(1)),
+        _mean_one(grad.square().mean(1).pow(settings.channel_power)),
         _mean_one(grad.norm(dim=-1).pow(settings.token_power)),
     )
 

@@ -12,26 +12,33 @@ class FitSettings:
     Attributes:
         key_nuq, value_nuq: k-means tables up to 4 bits; evenly spaced ones otherwise.
         sensitivity: weigh errors by squared gradients (Fisher); off: all errors alike.
+        channel_power, token_power: how strongly the Fisher information of a channel, and the
+            gradient norm of a token, weigh in the key fit. Tokens that attention singles out
+            are few, unusual, and carry most of the gradient.
         scale_squared: weigh normalised errors by the squared scale as well (equation 7).
-        token_power: power of a token's gradient norm in its weight; tokens which attention
-            singles out are few, unusual and carry most of the gradient.
-        refine: alternating steps of codes, channel scales and table; 0 keeps scales of two
-            and a half standard deviations.
-        stretch: undo the shrinkage of keys, so that k^ regressed on k has slope 1 (Q-Norm).
+        refine: alternating steps of codes, channel scales and table; with 0, scales stay the
+            channels' deviations.
+        stretch: part of the shrinkage of keys that is undone (Q-Norm): with 1, stored keys
+            regressed on true ones have slope 1. More lowers perplexity, less the divergence.
         value_transform: divide values by static per-channel deviations after centring.
-        value_feedback: move the coding errors of values as gradients prescribe.
-        damping: part of the mean diagonal added to the gradients' second moment.
+        value_range: part of a token's inlier range that the value table spans; None: by width.
+        key_feedback, value_feedback: move coding errors as the gradients prescribe.
+        damping: part of the mean diagonal added to the gradients' second moment before it is
+            inverted for the feedback.
         fit_tokens: most tokens used by the alternating steps.
     """
 
     key_nuq: bool = True
     value_nuq: bool = False
     sensitivity: bool = True
-    scale_squared: bool = True
+    channel_power: float = 1.0
     token_power: float = 1.0
+    scale_squared: bool = True
     refine: int = 6
-    stretch: bool = True
+    stretch: float = 0.5
     value_transform: bool = False
+    value_range: float | None = None
+    key_feedback: bool = True
     value_feedback: bool = True
-    damping: float = 0.1
+    damping: float = 0.03
     fit_tokens: int = 8192

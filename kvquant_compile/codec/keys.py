@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvquant_compile.codec.feedback import feedback_codes
 from kvquant_compile.codec.nuq import levels_of, nearest_codes
 from kvquant_compile.codec.slots import (
     FLOAT16_MAX,
@@ -42,9 +43,10 @@ class KeyCodes:
 def quantise_keys(k: Tensor, tables: LayerTables, spec: CodecSpec) -> KeyCodes:
     """Quantise keys taken before RoPE.
 
-    Codes are the nearest levels under the stored parameters; slots keep the elements whose
-    weighted squared error is largest. A NaN or infinite key takes a slot and propagates through
-    its residual; without slots it becomes an end level.
+    Codes are the nearest levels under the stored parameters or, where the tables have
+    ``key_feedback``, the ones that error feedback picks. Slots keep the elements whose weighted
+    squared error under nearest levels is largest. A NaN or infinite key takes a slot and
+    propagates through its residual; without slots it becomes an end level.
 
     Args:
         k: float [B, H, N, D].
@@ -54,9 +56,14 @@ def quantise_keys(k: Tensor, tables: LayerTables, spec: CodecSpec) -> KeyCodes:
     k = k.float()
     x = k / tables.key_scale[:, None] - tables.key_zero[:, None]
     a = _token_scale(x, tables, spec) if spec.key_token_scale else None
-    codes = nearest_codes(x if a is None else x / a.float(), tables.key_table)
+    if a is not None:
+        x = x / a.float()
+    codes = nearest_codes(x, tables.key_table)
     residual = k - _dense(codes, a, tables)
     index = largest(residual.square() * tables.key_weight[:, None], spec.key_slots)
+    if tables.key_feedback.numel() > 0:
+        codes = feedback_codes(x, tables.key_table, tables.key_feedback, index)
+        residual = k - _dense(codes, a, tables)
     scale = None if a is None else a[..., 0]
     return KeyCodes(codes, index, gather_residual(residual, index), scale)
 

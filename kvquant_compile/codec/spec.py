@@ -71,9 +71,9 @@ class LayerTables:
             out) in table units that a token scale of 1 stands for.
         key_stretch: float32 [H] or [], factor on the least-squares token scale that undoes its
             shrinkage.
-        value_feedback: int8 [H, value_dim, value_dim] in units of 1 / 64, strictly upper block
-            triangular: how the coding error of a channel moves the later ones (rows: from).
-            Empty: every channel is coded on its own.
+        key_feedback, value_feedback: int8 [H, D, D] in units of 1 / 64, strictly upper block
+            triangular: how the coding error of a channel, in table units, moves the later ones
+            (rows: from). Empty: every channel is coded on its own.
     """
 
     key_table: Tensor
@@ -85,6 +85,7 @@ class LayerTables:
     value_offset: Tensor
     key_norm: Tensor = field(default_factory=lambda: torch.ones(()))
     key_stretch: Tensor = field(default_factory=lambda: torch.ones(()))
+    key_feedback: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
     value_feedback: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
 
     def to(self, device: torch.device | str) -> LayerTables:
