@@ -175,6 +175,11 @@ def _widths(text: str) -> list[int]:
 
 
 def load_model(name: str, dtype: str) -> tuple[Any, Any]:
+    """A model in evaluation mode and its tokenizer.
+
+    Raises:
+        OptionError: it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     try:

@@ -40,7 +40,7 @@ class FormatOptions:
         for value in values:
             _pair(value)
 
-    def spec(self, index: int, token_scale: bool = False) -> CodecSpec:
+    def spec(self, index: int) -> CodecSpec:
         """The format of one cache layer.
 
         Raises:
@@ -59,7 +59,7 @@ class FormatOptions:
         key, value = _pair(bits)
         if key == LOSSLESS:
             return lossless_spec()
-        return CodecSpec(key, value, self.slots, self.slots, token_scale, self.sinks)
+        return CodecSpec(key, value, self.slots, self.slots, True, self.sinks)
 
 
 def _pair(bits: Any) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-
+"""Calibration: windows, observation, table fits, artifacts."""

@@ -127,7 +127,8 @@ def _geometry(layers: Sequence[MatchedLayer]) -> dict[int, tuple[int, int, int]]
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise ArtifactError(
             "no such artifact", where=str(path), why="the file does not exist", do=_REDO

@@ -74,8 +74,7 @@ def _token_rows(item: Any, tokenizer: Any) -> list[Tensor]:
         raise _unusable(f"an item is a {type(item).__name__}") from error
     if ids.numel() and ids.is_floating_point():
         raise _unusable("its tensors hold floats, not token ids")
-    rows = ids.long().cpu().reshape(-1, ids.shape[-1]) if ids.numel() else []
-    return [row for row in rows if row.numel()]
+    return list(ids.long().cpu().reshape(-1, ids.shape[-1])) if ids.numel() else []
 
 
 def _cut(pieces: list[Tensor], settings: WindowSettings) -> list[Tensor]:
@@ -134,7 +133,7 @@ def _first_tokens(captured: Captured, count: int, vocabulary: int) -> Tensor:
 
 def _sample(captured: Captured, ids: Tensor, tokens: int) -> Tensor:
     """Extend ids [B, 1] to [B, tokens] by sampling."""
-    model = captured.model
+    model: Any = captured.model
     past: Any = None
     if captured.convention == "transformers":
         from transformers import DynamicCache
@@ -153,7 +152,8 @@ def _sample(captured: Captured, ids: Tensor, tokens: int) -> Tensor:
 
 
 def vocabulary(model: nn.Module) -> int:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    """Rows of the model's input embedding; 0 when it has none."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
         embeddings = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return int(embeddings.weight.shape[0]) if embeddings is not None else 0

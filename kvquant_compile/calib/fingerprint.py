@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return {"class": type(model).__qualname__}
     return {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}

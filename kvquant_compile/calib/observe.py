@@ -43,7 +43,8 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
         super().__init__(gm)
-        self.wanted, self.seen = wanted, {}
+        self.wanted = wanted
+        self.seen: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -79,9 +80,7 @@ def observe(
                 part.append(values)
             places.append(torch.arange(ids.shape[1]).repeat(ids.shape[0]))
     where = torch.cat(places)
-    return {
-        layer.plan.index: _join(part, where) for layer, part in zip(layers, parts, strict=True)
-    }
+    return {layer.plan.index: _join(part, where) for layer, part in zip(layers, parts, strict=True)}
 
 
 def _stored_nodes(layer: MatchedLayer) -> tuple[fx.Node, fx.Node]:
@@ -113,7 +112,8 @@ def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Te
     """Logits [B, S, vocab] of ``ids`` with no past, the captured graph executed by ``run``."""
     if captured.convention == "functional":
         return run(ids, 0)
-    backbone, positions = captured.backbone, torch.arange(ids.shape[1], device=ids.device)
+    backbone: Any = captured.backbone
+    positions = torch.arange(ids.shape[1], device=ids.device)
     hidden = backbone.get_input_embeddings()(ids)
     if torch.is_grad_enabled():
         hidden = hidden.detach().requires_grad_()

@@ -1,1 +1,1 @@
-
+"""The numerics as pure functions; imports nothing else of the library."""

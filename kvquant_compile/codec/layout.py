@@ -197,7 +197,7 @@ def unpack_values(layout: PageLayout, pages: Tensor) -> ValueCodes:
 
 
 def pack_raw(keys: Tensor, values: Tensor) -> Tensor:
-    """Lossless pages: keys [B, H, N, 2 P] and values [B, H, N, D] -> uint8 [B, H, N / 64, page_bytes]."""
+    """Lossless pages uint8 [B, H, N / 64, page_bytes] of keys [B, H, N, 2 P] and values."""
     return torch.cat([_bytes(_paged(keys)), _bytes(_paged(values))], -1)
 
 

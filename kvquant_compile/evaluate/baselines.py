@@ -24,7 +24,9 @@ class Fp8:
         scale = x.float().abs().amax().clamp(min=1e-12) / E4M3_MAX
         return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
 
-    values = keys
+    def values(self, x: Tensor, layer: int) -> Tensor:
+        """As keys."""
+        return self.keys(x, layer)
 
     def effective_bits(self, heads: int, dim: int, tokens: int) -> float:
         """8: the scale is shared by everything."""
@@ -42,7 +44,9 @@ class IntPerToken:
         """[B, H, S, D] -> the same, rounded."""
         return round_asymmetric(x, self.bits, -1)
 
-    values = keys
+    def values(self, x: Tensor, layer: int) -> Tensor:
+        """As keys."""
+        return self.keys(x, layer)
 
     def effective_bits(self, heads: int, dim: int, tokens: int) -> float:
         """Codes and 32 bits of scale and zero per vector."""

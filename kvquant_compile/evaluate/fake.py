@@ -20,7 +20,9 @@ from kvquant_compile.passes.recognise import MatchedLayer
 class FakeCodec(Protocol):
     """A codec as a map from tensors to the tensors it would give back."""
 
-    pre_rope: bool
+    @property
+    def pre_rope(self) -> bool:
+        """Whether keys are taken before RoPE."""
 
     def keys(self, x: Tensor, layer: int) -> Tensor:
         """Keys [B, H, S, D] as read back; before RoPE if ``pre_rope``."""
@@ -49,7 +51,8 @@ def insert_codec(
     source: fx.GraphModule, layers: Sequence[MatchedLayer], codec: FakeCodec
 ) -> fx.GraphModule:
     """A copy of a captured graph with the codec's round trip at every append."""
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(source.graph, copies))
     for layer in layers:
         before_rope = codec.pre_rope and layer.plan.rope is not None
@@ -59,7 +62,9 @@ def insert_codec(
     return fx.GraphModule(source, graph)
 
 
-def _wrap(graph: fx.Graph, node: fx.Node, codec: Callable[[Tensor, int], Tensor], layer: int) -> None:
+def _wrap(
+    graph: fx.Graph, node: fx.Node, codec: Callable[[Tensor, int], Tensor], layer: int
+) -> None:
     with graph.inserting_after(node):
         new = graph.call_function(_round_trip(codec), (node, layer))
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

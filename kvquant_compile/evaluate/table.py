@@ -102,7 +102,9 @@ def evaluate_table(
     """
     ours = {name: program_logits(captured, program) for name, (_, program) in programs.items()}
     candidates = {name: logits for name, (logits, _) in ours.items()}
-    candidates |= {name: fake_logits(captured, layers, codec) for name, (_, codec) in codecs.items()}
+    candidates |= {
+        name: fake_logits(captured, layers, codec) for name, (_, codec) in codecs.items()
+    }
     original = _original_logits(captured)
     scores = score(original, candidates, windows, track)
     base, tokens = scores["original"].perplexity, windows[0].shape[1]

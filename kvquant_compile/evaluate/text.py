@@ -25,9 +25,7 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def text_windows(
-    text: str, tokenizer: Any, tokens: int, limit: int | None = None
-) -> list[Tensor]:
+def text_windows(text: str, tokenizer: Any, tokens: int, limit: int | None = None) -> list[Tensor]:
     """Non-overlapping windows, the tail dropped (the protocol of KVQuant, section 4).
 
     Args:

@@ -6,8 +6,9 @@ went in, because packing is a bijection on codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,6 @@ class RawCodes:
     values: Tensor
 
 
-T = TypeVar("T", KeyCodes, ValueCodes, RawCodes)
 Codes = tuple[KeyCodes, ValueCodes] | tuple[RawCodes]
 
 
@@ -85,7 +85,8 @@ def append(
     new = _encode(layout, key, value, tables)
     ids = table.gather(1, _page_columns(span, table.shape[1])).long()
     old = _decode(layout, gather_pages(pages, ids), key.dtype) if span.begun else None
-    merged = [_merge(o, n, span) for o, n in zip(old or [None] * len(new), new, strict=True)]
+    before: Sequence[Any] = old or [None] * len(new)
+    merged = [_merge(o, n, span) for o, n in zip(before, new, strict=True)]
     packed = _pack(layout, merged)
     write_pages(pages, ids[span.used], packed.transpose(1, 2)[span.used])
     _store_sinks(sinks, torch.cat([key, value.to(key.dtype)], -1), slots)
@@ -129,18 +130,18 @@ def _decode(layout: PageLayout, pages: Tensor, dtype: torch.dtype) -> Codes:
     return unpack_keys(layout, pages), unpack_values(layout, pages)
 
 
-def _merge(old: T | None, new: T, span: Span) -> T:
-    """The touched pages' tokens: ``old`` (or zeros) with the step's tokens put in."""
+def _merge(old: Any, new: Any, span: Span) -> Any:
+    """``old`` (or zeros) with the step's tokens put in, of one kind of codes."""
     out: dict[str, Tensor | None] = {}
     for f in fields(new):
-        source = getattr(new, f.name)
+        source: Tensor | None = getattr(new, f.name)
         if source is None:
             out[f.name] = None
             continue
         shape = (*source.shape[:2], span.pages * PAGE_TOKENS, *source.shape[3:])
         buffer = source.new_zeros(shape) if old is None else getattr(old, f.name).contiguous()
         out[f.name] = _place(buffer, source, span)
-    return type(new)(**out)  # type: ignore[arg-type]
+    return type(new)(**out)
 
 
 def _place(buffer: Tensor, source: Tensor, span: Span) -> Tensor:

@@ -80,7 +80,7 @@ def attend(
         [B, Hq, S] float32.
     """
     layout = cache.layout
-    batch, heads, steps, _ = query.shape
+    heads = query.shape[1]
     grouped = (reorder(query, cache.geometry[1]).float() * site.scale).unflatten(
         1, (layout.heads, heads // layout.heads)
     )
@@ -113,9 +113,7 @@ def _blocks(
         yield page * PAGE_TOKENS, *read_block(cache, page, min(end, page + BLOCK_PAGES), dtype)
 
 
-def read_block(
-    cache: CacheView, page: int, end: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def read_block(cache: CacheView, page: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Dequantised, rotated keys [B, H, N, 2 P] and values [B, H, N, D] of some pages, float32."""
     layout = cache.layout
     raw = gather_pages(cache.pages, cache.table[:, page:end].long())

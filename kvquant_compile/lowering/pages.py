@@ -6,7 +6,6 @@ moves a page.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

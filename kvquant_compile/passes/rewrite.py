@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -100,7 +101,7 @@ def _rewrite_layer(
 def _replace_attend(
     graph: fx.Graph,
     old: fx.Node,
-    operands: tuple[object, ...],
+    operands: tuple[Any, ...],
     plan: AttendPlan,
     step: Mapping[str, fx.Node],
     constants: LayerConstants,

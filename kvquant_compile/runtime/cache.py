@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -122,9 +123,14 @@ class QuantizedCache(Cache):
         self.dtype, self.device = dtype, device
         self.reset()
 
+    @property
+    def pages(self) -> list[QuantizedLayer]:
+        """The layers, typed."""
+        return cast("list[QuantizedLayer]", self.layers)
+
     def reset(self) -> None:
         """Forget everything and free the pages."""
-        for layer in self.layers:
+        for layer in self.pages:
             layer.slabs, layer.sinks = [], torch.empty(0)
         self.columns, self.batch = 0, 0
         self.hides = False
@@ -210,31 +216,31 @@ class QuantizedCache(Cache):
             return
         rows = torch.arange(self.batch, device=self.device)[indices.to(self.device)]
         ids = self.table[rows].flatten().long()
-        for layer in self.layers:
+        for layer in self.pages:
             layer.select(ids, rows)
         width = self.table.shape[1]
         self.batch = rows.numel()
-        self.table = torch.arange(
-            self.batch * width, dtype=torch.int32, device=self.device
-        ).view(self.batch, width)
+        self.table = torch.arange(self.batch * width, dtype=torch.int32, device=self.device).view(
+            self.batch, width
+        )
         self.positions, self.lengths = self.positions[rows], self.lengths[rows]
         self.valid = None if self.valid is None else self.valid[rows]
 
     def nbytes(self) -> int:
         """Every byte the cache has allocated: pages, exact tokens, block table, positions."""
         shared = (self.table, self.positions, self.lengths)
-        total = sum(t.nbytes for t in shared) + sum(layer.nbytes() for layer in self.layers)
+        total = sum(t.nbytes for t in shared) + sum(layer.nbytes() for layer in self.pages)
         return total + (0 if self.valid is None else self.valid.nbytes)
 
     def effective_bits(self) -> float:
         """Allocated bits per cached key or value element, everything counted."""
         tokens = int(self.lengths.sum())
-        widths = (x.layout.heads * (x.layout.key_dim + x.layout.value_dim) for x in self.layers)
+        widths = (x.layout.heads * (x.layout.key_dim + x.layout.value_dim) for x in self.pages)
         elements = tokens * sum(widths)
         return 8 * self.nbytes() / elements if elements else 0.0
 
     def __repr__(self) -> str:
-        kinds = {f"k{x.layout.spec.key_bits}v{x.layout.spec.value_bits}" for x in self.layers}
+        kinds = {f"k{x.layout.spec.key_bits}v{x.layout.spec.value_bits}" for x in self.pages}
         return (
             f"QuantizedCache({len(self.layers)} layers {'/'.join(sorted(kinds))}, batch "
             f"{self.batch}, {self.columns} tokens, {self.nbytes():,} bytes)"
@@ -313,7 +319,7 @@ class QuantizedCache(Cache):
         added = max(need - have, have // 16)
         start = batch * have
         ids = torch.arange(start, start + batch * added, dtype=torch.int32, device=self.device)
-        for layer in self.layers:
+        for layer in self.pages:
             layer.allocate(batch, batch * added, self.device, self.dtype)
         self.table = torch.cat([self.table, ids.view(batch, added)], 1)
         fresh = self.positions.new_zeros(batch, added * PAGE_TOKENS)

@@ -81,13 +81,15 @@ def output_type(captured: Captured) -> type | None:
 
 def install(model: nn.Module, state: Installed, output_type: type | None) -> None:
     """Put the program behind the model; ``output_type`` is what its backbone returns."""
-    backbone = state.captured.backbone
+    backbone: Any = state.captured.backbone
+    network: Any = model
     if state.captured.convention == "transformers":
         assert output_type is not None
         backbone.forward = _backbone_forward(backbone, state, output_type)
         if hasattr(model, "_prepare_cache_for_generation"):
-            prepare = _prepare_cache(model._prepare_cache_for_generation, state)
-            model._prepare_cache_for_generation = prepare  # type: ignore[assignment]
+            network._prepare_cache_for_generation = _prepare_cache(
+                network._prepare_cache_for_generation, state
+            )
     else:
         backbone.forward = _functional_forward(backbone, state)
     model.__dict__[ATTRIBUTE] = state
@@ -148,7 +150,7 @@ def _backbone_forward(
     return forward
 
 
-def _wants_cache(backbone: nn.Module, given: dict[str, Any]) -> bool:
+def _wants_cache(backbone: Any, given: dict[str, Any]) -> bool:
     use_cache = given.get("use_cache")
     return bool(backbone.config.use_cache if use_cache is None else use_cache)
 
@@ -183,7 +185,7 @@ def _refuse_unsupported(given: dict[str, Any]) -> None:
 
 
 def _run_backbone(
-    backbone: nn.Module, state: Installed, given: dict[str, Any], cache: QuantizedCache
+    backbone: Any, state: Installed, given: dict[str, Any], cache: QuantizedCache
 ) -> Tensor:
     hidden = given.get("inputs_embeds")
     if hidden is None:

@@ -14,7 +14,7 @@ from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.constants import LayerConstants
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
-from kvquant_compile.runtime.cache import QuantizedCache, QuantizedLayer, Step
+from kvquant_compile.runtime.cache import QuantizedCache, Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,7 @@ class Program:
             "table": cache.table,
             "positions": cache.positions,
         }
-        for index, layer in zip(self.indices, cache.layers, strict=True):
-            assert isinstance(layer, QuantizedLayer)
+        for index, layer in zip(self.indices, cache.pages, strict=True):
             values[f"pages_{index}"] = layer.slabs
             values[f"sinks_{index}"] = layer.sinks
         return values

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvquant_compile.calib.data import vocabulary
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.layout import lossless_spec
 from kvquant_compile.errors import ValidationError
@@ -73,7 +74,9 @@ def _compare(
         mask[row, :count] = 0
     errors, done = {}, 0
     for steps in STEPS:
-        ids = torch.randint(_vocabulary(captured), (batch, steps), generator=generator).to(device)
+        ids = torch.randint(vocabulary(captured.model), (batch, steps), generator=generator).to(
+            device
+        )
         seen = mask[:, : done + steps] if any(padding) else None
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, done : done + steps]
         expected, past = _original(captured, ids, seen, positions, past)
@@ -93,7 +96,8 @@ def _inputs(
 ) -> dict[str, Any]:
     if captured.convention == "functional":
         return {"ids": ids, "past": past}
-    hidden = captured.backbone.get_input_embeddings()(ids)
+    backbone: Any = captured.backbone
+    hidden = backbone.get_input_embeddings()(ids)
     return {"hidden": hidden, "attention_mask": mask, "position_ids": positions, "past": past}
 
 
@@ -101,12 +105,13 @@ def _original(
     captured: Captured, ids: Tensor, mask: Tensor | None, positions: Tensor, past: Any
 ) -> tuple[Tensor, Any]:
     """The original's output and its grown cache."""
+    model: Any = captured.model
     if captured.convention == "functional":
-        return captured.model(ids, past)
+        return model(ids, past)
     if past is None:
         from transformers import DynamicCache
 
-        past = DynamicCache(config=captured.model.config.get_text_config(decoder=True))
+        past = DynamicCache(config=model.config.get_text_config(decoder=True))
     result = captured.backbone(
         input_ids=ids,
         attention_mask=mask,
@@ -115,9 +120,3 @@ def _original(
         use_cache=True,
     )
     return result.last_hidden_state, past
-
-
-def _vocabulary(captured: Captured) -> int:
-    from kvquant_compile.calib.data import vocabulary
-
-    return vocabulary(captured.model)

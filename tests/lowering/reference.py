@@ -41,7 +41,9 @@ def stored(
     keys = dequantise_keys(quantise_keys(k, tables, spec), tables, spec)
     values = dequantise_values(quantise_values(v, tables, spec), tables, spec)
     n = spec.sink_tokens
-    return torch.cat([k[:, :, :n], keys[:, :, n:]], 2), torch.cat([v[:, :, :n], values[:, :, n:]], 2)
+    return torch.cat([k[:, :, :n], keys[:, :, n:]], 2), torch.cat(
+        [v[:, :, :n], values[:, :, n:]], 2
+    )
 
 
 def rotate(x: Tensor, positions: Tensor, rope: RopeSpec | None) -> Tensor:
@@ -59,7 +61,9 @@ def rotate(x: Tensor, positions: Tensor, rope: RopeSpec | None) -> Tensor:
     return out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, plan: LayerPlan
+) -> tuple[Tensor, Tensor]:
     """Float64 attention of q [B, Hq, S, D] with a bool mask [B, S, N] -> (o [B, S, Hq, D], lse)."""
     site = plan.attends[0]
     rep = q.shape[1] // k.shape[1]

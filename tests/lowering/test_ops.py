@@ -16,7 +16,9 @@ from tests.lowering import reference as ref
 CPU = torch.device("cpu")
 
 
-def make_plan(dim: int, rope: RopeSpec | None, heads: int = 2, rep: int = 3, **site: float) -> LayerPlan:
+def make_plan(
+    dim: int, rope: RopeSpec | None, heads: int = 2, rep: int = 3, **site: float
+) -> LayerPlan:
     return LayerPlan(0, heads, dim, dim, rope, (AttendPlan(heads * rep, dim**-0.5, **site),))
 
 
@@ -39,9 +41,12 @@ class Harness:
         k = torch.randn(batch, plan.kv_heads, steps, plan.key_dim)
         v = torch.randn(batch, plan.kv_heads, steps, plan.value_dim)
         q = torch.randn(batch, heads, steps, plan.key_dim)
-        real = torch.ones(batch, steps, dtype=torch.bool) if mask is None else mask[:, -steps:].bool()
-        positions = (real.cumsum(1) - 1).clamp(min=0) + self.cache.lengths[:batch, None] if len(
-            self.cache.lengths) else (real.cumsum(1) - 1).clamp(min=0)
+        real = torch.ones(batch, steps, dtype=torch.bool)
+        if mask is not None:
+            real = mask[:, -steps:].bool()
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        if self.cache.batch:
+            positions = positions + self.cache.lengths[:, None]
         step = self.cache.begin(positions, mask)
         layer = self.cache.layers[0]
         tables, geometry = self.constants.arguments()
@@ -80,8 +85,8 @@ class Harness:
             if window:
                 seen &= other > place - window
             mine = real[b]
-            o, l = ref.attention(q[b : b + 1, :, mine], keys, values, seen[None], self.plan)
-            outputs[b, mine], lses[b][:, mine] = o[0], l[0]
+            o, lse = ref.attention(q[b : b + 1, :, mine], keys, values, seen[None], self.plan)
+            outputs[b, mine], lses[b][:, mine] = o[0], lse[0]
         return outputs, lses
 
 
@@ -150,7 +155,9 @@ def test_left_padding_and_ragged_rows(exact: bool) -> None:
 
 
 def test_many_slabs_and_long_history_blocks() -> None:
-    harness = Harness(make_plan(16, ref.half_rope(16, 16), heads=1, rep=1), CodecSpec(2, 2), batch=2)
+    harness = Harness(
+        make_plan(16, ref.half_rope(16, 16), heads=1, rep=1), CodecSpec(2, 2), batch=2
+    )
     for steps in (1100, 64, 64, 700, 1):
         assert_matches(harness.step(steps, exact=False))
     assert len(harness.cache.layers[0].slabs) > 2
@@ -185,9 +192,8 @@ def test_opcheck() -> None:
     text = str(harness.constants.layout)
     k, q = torch.randn(2, 2, 5, 32), torch.randn(2, 6, 5, 32)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(
-        ops.append, (k, k, step.slots, cache.table, layer.slabs, layer.sinks, tables, geometry, text),
-        test_utils=tests)  # fmt: skip
+    arguments = (cache.table, layer.slabs, layer.sinks, tables, geometry, text)
+    torch.library.opcheck(ops.append, (k, k, step.slots, *arguments), test_utils=tests)
     torch.library.opcheck(
         ops.attend, (q, k, k, step.slots, step.history, cache.table, cache.positions, layer.slabs,
                      layer.sinks, tables, geometry, None, 0.2, 0.0, 0, True, text),
