@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         if flat.numel():
-            places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).long()
+            places = _places(flat.numel())
             digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -34,3 +34,8 @@ def _config(model: nn.Module) -> dict[str, Any]:
     if not hasattr(config, "to_dict"):
         return {"class": type(model).__qualname__}
     return {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+
+
+def _places(count: int) -> torch.Tensor:
+    """At most ``SAMPLES`` indices below ``count``; float64, since float32 overshoots the end."""
+    return torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
