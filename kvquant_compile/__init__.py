@@ -5,7 +5,14 @@
 See :func:`optimize`; the package's README lists the parts.
 """
 
-from kvquant_compile.api import artifact, explain, new_cache, optimize, restore
+from kvquant_compile.api import (
+    artifact,
+    explain,
+    new_cache,
+    optimize,
+    restore,
+    sample_calibration,
+)
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.errors import (
     ArtifactError,
@@ -39,4 +46,5 @@ __all__ = [
     "optimize",
     "quantised_attention",
     "restore",
+    "sample_calibration",
 ]

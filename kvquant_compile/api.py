@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.calibrate import CalibrationOptions, calibrate
+from kvquant_compile.calib.data import WindowSettings, sample_windows
 from kvquant_compile.capture import capture
 from kvquant_compile.config import Bits, FormatOptions
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
@@ -108,9 +109,28 @@ def optimize(
         }
         program = build_program(captured, layers, constants)
     report = build_report(captured, layers, program, errors, given)
-    state = Installed(program, captured, given, report, attend_quantized)
+    state = Installed(program, captured, layers, given, report, attend_quantized)
     install(model, state, output_type(captured))
     return model
+
+
+def sample_calibration(
+    model: nn.Module, windows: int = 32, tokens: int = 512, seed: int = 0
+) -> list[Tensor]:
+    """Token windows int64 [1, tokens] that the model samples itself; what ``optimize`` uses when
+    it is given no text. Reuse them to optimise at several widths.
+
+    Args:
+        model: a causal LM, optimised or not.
+        windows, tokens: how many, how long.
+        seed: same seed, same windows.
+
+    Raises:
+        KVQuantError: the model cannot be captured or sampled from.
+    """
+    state = model.__dict__.get(ATTRIBUTE)
+    captured = capture(model) if state is None else state.captured
+    return sample_windows(captured, WindowSettings(windows, tokens, seed))
 
 
 def restore(model: Model) -> Model:
@@ -193,4 +213,4 @@ def _check_refusals(layers: Sequence[MatchedLayer], strict: bool) -> None:
     warnings.warn(f"kvquant_compile: {error}", stacklevel=3)
 
 
-__all__ = ["artifact", "explain", "new_cache", "optimize", "restore"]
+__all__ = ["artifact", "explain", "new_cache", "optimize", "restore", "sample_calibration"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +92,7 @@ def evaluate(
         typer.echo(json_module.dumps(record, indent=2))
     else:
         title = f"{model}: {text.name}, {len(chosen)} windows of {window}"
-        Console().print(render(rows, title))
+        Console(width=None if sys.stdout.isatty() else 120).print(render(rows, title))
 
 
 @app.command()
@@ -130,7 +131,7 @@ def explain(
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
     else:
-        Console().print(report)
+        Console(width=None if sys.stdout.isatty() else 120).print(report)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from torch import nn
+from torch import Tensor
 
 import kvquant_compile
-from kvquant_compile.calib.calibrate import CalibrationOptions
-from kvquant_compile.evaluate.run import evaluate_widths, prepare
-from kvquant_compile.evaluate.table import Row, render
+from kvquant_compile.calib.observe import observe
+from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table, render
 from kvquant_compile.evaluate.text import read_text, text_windows
 from kvquant_compile.progress import Progress
+from kvquant_compile.runtime.plugback import Installed, installed
+from kvquant_compile.runtime.program import Program
 
 PROMPT = "The history of the city begins in the"
 ASSETS = files("kvquant_compile") / "assets" / "demo"
@@ -46,29 +48,38 @@ def run_demo(
     """
     from kvquant_compile.cli import load_model
 
-    console = Console(quiet=quiet)
+    console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 110)
     model, tokenizer = load_model(str(ASSETS) if name is None else name, dtype)
     size = sum(p.numel() for p in model.parameters())
     console.print(f"[bold]{name or 'embedded demo model'}[/bold]: {size / 1e6:.1f} M parameters")
     inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
     continuations = {"original": _continue(model, tokenizer, inputs, tokens)}
-    reports, seconds = {}, {}
+    start = time.perf_counter()
+    windows = kvquant_compile.sample_calibration(model)
+    seconds = {"sampling its own calibration text": time.perf_counter() - start}
+    reports: dict[str, Any] = {}
+    programs: dict[str, tuple[int, Program]] = {}
     for b in bits:
         start = time.perf_counter()
-        kvquant_compile.optimize(model, bits=b, progress=None if not quiet else False)
-        seconds[str(b)] = time.perf_counter() - start
+        shown = False if quiet else None
+        kvquant_compile.optimize(
+            model, b, calibration=windows, windows=len(windows), progress=shown
+        )
+        seconds[f"optimize to {b} bits"] = time.perf_counter() - start
         report = kvquant_compile.explain(model)
         if b == bits[0]:
             console.print(report)
         reports[str(b)] = report.to_dict()
+        programs[f"ours, {b} bits"] = (b, installed(model).program)
         continuations[f"{b} bits"] = _continue(model, tokenizer, inputs, tokens)
+        state = installed(model)
         kvquant_compile.restore(model)
-    rows = _score(model, tokenizer, bits, window, limit, quiet)
+    rows = _score(state, programs, windows, tokenizer, window, limit, quiet)
     _print_rest(console, rows, seconds, continuations, window)
     return {
         "model": name or "embedded",
         "reports": reports,
-        "optimize_seconds": seconds,
+        "seconds": seconds,
         "rows": [row.to_dict() for row in rows],
         "prompt": PROMPT,
         "continuations": continuations,
@@ -82,14 +93,27 @@ def _continue(model: Any, tokenizer: Any, inputs: Any, tokens: int) -> str:
 
 
 def _score(
-    model: nn.Module, tokenizer: Any, bits: Sequence[int], window: int, limit: int, quiet: bool
+    state: Installed,
+    programs: dict[str, tuple[int, Program]],
+    calibration: Sequence[Tensor],
+    tokenizer: Any,
+    window: int,
+    limit: int,
+    quiet: bool,
 ) -> list[Row]:
-    """Held-out perplexity; tables come from the model's own samples, as in ``optimize``."""
+    """Held-out perplexity of the very programs that generated, and of the baselines."""
     windows = text_windows(read_text(str(ASSETS / "heldout.txt")), tokenizer, window, limit)
-    options = CalibrationOptions.make(seed=0, windows=None)
     with Progress(False if quiet else None) as bar:
-        prepared = prepare(model, None, tokenizer, options, bar)
-        return evaluate_widths(prepared, bits, windows, options, bar)
+        observed = observe(state.captured, state.layers, calibration, gradients=True)
+        codecs = baseline_codecs([b for b, _ in programs.values()], observed)
+        return evaluate_table(
+            state.captured,
+            state.layers,
+            programs,
+            codecs,
+            windows,
+            lambda items: bar.each("score windows", items, len(items)),
+        )
 
 
 def _print_rest(
@@ -99,8 +123,7 @@ def _print_rest(
     continuations: dict[str, str],
     window: int,
 ) -> None:
-    took = ", ".join(f"{b} bits {s:.1f} s" for b, s in seconds.items())
-    console.print(f"optimize, calibration included: {took}")
+    console.print("; ".join(f"{stage}: {s:.1f} s" for stage, s in seconds.items()))
     windows = rows[0].score.windows
     title = f"held-out text, {windows} windows of {window}, every token read from the cache"
     console.print(render(rows, title))

@@ -72,8 +72,9 @@ def observe_windows(
     tokenizer: Any,
     options: CalibrationOptions,
     bar: Progress,
-) -> dict[int, Observed]:
-    """Keys, values and gradients over the user's windows, or over sampled ones if there are none.
+) -> tuple[dict[int, Observed], dict[str, Any]]:
+    """Keys, values and gradients over the user's windows, or over sampled ones if there are none,
+    and a record of what was used.
 
     Raises:
         CalibrationError: the data is unusable.
@@ -84,7 +85,14 @@ def observe_windows(
     else:
         windows = calibration_windows(data, tokenizer, captured, options.windows)
     steps = bar.each("observe keys and values", windows, len(windows))
-    return observe(captured, layers, steps, options.fit.sensitivity)
+    observed = observe(captured, layers, steps, options.fit.sensitivity)
+    source = {
+        "source": "sampled by the model" if data is None else "given",
+        "windows": len(windows),
+        "tokens": sum(w.shape[1] for w in windows),
+        "seed": options.windows.seed,
+    }
+    return observed, source
 
 
 def fit_artifact(
@@ -93,9 +101,10 @@ def fit_artifact(
     specs: Mapping[int, CodecSpec],
     observed: Mapping[int, Observed],
     options: CalibrationOptions,
+    source: Mapping[str, Any],
     bar: Progress | None = None,
 ) -> Artifact:
-    """Fit every layer's tables; lossless layers have none."""
+    """Fit every layer's tables; lossless layers have none. ``source`` says where from."""
     tables: dict[int, LayerTables] = {}
     order = [layer.plan.index for layer in layers]
     for index in order if bar is None else bar.each("fit tables", order, len(order)):
@@ -111,7 +120,8 @@ def fit_artifact(
                 options.fit,
                 ignore=seen.places < spec.sink_tokens,
             )
-    return Artifact.make(captured, layers, specs, tables, asdict(options))
+    details = {**source, "fit": asdict(options.fit)}
+    return Artifact.make(captured, layers, specs, tables, details)
 
 
 def calibrate(
@@ -125,6 +135,7 @@ def calibrate(
 ) -> Artifact:
     """Tables for a model; nothing of it is run when every layer is lossless."""
     observed: dict[int, Observed] = {}
+    source: dict[str, Any] = {"source": "none needed"}
     if not all(spec.lossless for spec in specs.values()):
-        observed = observe_windows(captured, layers, data, tokenizer, options, bar)
-    return fit_artifact(captured, layers, specs, observed, options, bar)
+        observed, source = observe_windows(captured, layers, data, tokenizer, options, bar)
+    return fit_artifact(captured, layers, specs, observed, options, source, bar)

@@ -151,7 +151,7 @@ class KVQuantReleased:
         outside[..., :1, :] = True
         half, middle = (high - low).clamp(min=1e-8) / 2, (high + low) / 2
         y = (x - middle) / half
-        codes = torch.bucketize(y, (table[1:] + table[:-1]) / 2)
+        codes = torch.bucketize(y.contiguous(), (table[1:] + table[:-1]) / 2)
         return torch.where(outside, x, table[codes] * half + middle)
 
 

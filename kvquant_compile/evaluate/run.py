@@ -28,12 +28,14 @@ class Prepared:
     Attributes:
         captured, layers: what the passes found.
         observed: cache index -> calibration tokens.
+        source: where they came from.
         seconds: stage -> wall time.
     """
 
     captured: Captured
     layers: tuple[MatchedLayer, ...]
     observed: Mapping[int, Observed]
+    source: Mapping[str, Any]
     seconds: dict[str, float]
 
 
@@ -45,19 +47,19 @@ def prepare(
     captured = capture(model)
     layers = recognise(captured)
     captured_at = time.perf_counter()
-    observed = observe_windows(captured, layers, calibration, tokenizer, options, bar)
+    observed, source = observe_windows(captured, layers, calibration, tokenizer, options, bar)
     seconds = {
         "capture": captured_at - start,
         "observe": time.perf_counter() - captured_at,
     }
-    return Prepared(captured, layers, observed, seconds)
+    return Prepared(captured, layers, observed, source, seconds)
 
 
 def build(prepared: Prepared, form: FormatOptions, options: CalibrationOptions) -> Program:
     """Fit tables for one format and rewrite the graph with them."""
     specs = {layer.plan.index: form.spec(layer.plan.index) for layer in prepared.layers}
     artifact: Artifact = fit_artifact(
-        prepared.captured, prepared.layers, specs, prepared.observed, options
+        prepared.captured, prepared.layers, specs, prepared.observed, options, prepared.source
     )
     specs, tables = artifact.for_model(prepared.captured, prepared.layers)
     constants = {
@@ -86,7 +88,7 @@ def evaluate_widths(
     for b in bar.each("fit tables", list(bits), len(bits)):
         start = time.perf_counter()
         form = FormatOptions(b, sinks=options.default_sinks)
-        programs[f"kvquant_compile {b}-bit"] = (b, build(prepared, form, options))
+        programs[f"ours, {b} bits"] = (b, build(prepared, form, options))
         prepared.seconds[f"fit {b} bits"] = time.perf_counter() - start
     codecs = baseline_codecs(bits, prepared.observed) if baselines else {}
     return evaluate_table(

@@ -78,7 +78,7 @@ def baseline_codecs(
         codecs[f"int{b} per token"] = (b, IntPerToken(b))
         codecs[f"kivi-{b} (g64)"] = (b, Kivi(b))
         if observed is not None:
-            codecs[f"kvquant-{b} as released"] = (b, KVQuantReleased.fit(observed, b))
+            codecs[f"kvquant-{b} (code)"] = (b, KVQuantReleased.fit(observed, b))
     return codecs
 
 
@@ -145,7 +145,7 @@ def _mean_bits(layers: Sequence[MatchedLayer], codec: FakeCodec, tokens: int) ->
 def render(rows: Sequence[Row], title: str) -> Table:
     """A terminal table."""
     table = Table(title=title, title_justify="left")
-    for name in ("codec", "eff. bits", "perplexity", "loss", "KL (nats)", "top-1", "cache bytes"):
+    for name in ("codec", "eff. bits", "perplexity", "loss", "KL (nats)", "top-1"):
         table.add_column(name, justify="left" if name == "codec" else "right")
     for row in rows:
         s = row.score
@@ -156,6 +156,5 @@ def render(rows: Sequence[Row], title: str) -> Table:
             f"{row.loss_percent:+.2f} %",
             f"{s.kl:.5f}",
             f"{100 * s.top1:.1f} %",
-            "" if row.cache_bytes is None else f"{row.cache_bytes:,}",
         )
     return table

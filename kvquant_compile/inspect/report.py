@@ -115,7 +115,8 @@ class Report:
             f"{self.bytes_per_token:,.1f} bytes per token, {self.compression:.2f}x smaller"
         )
         proof = f"lossless rewrite against the original: worst relative error {worst:.1e}"
-        origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in self.calibration.items())
+        shown = {k: v for k, v in self.calibration.items() if k != "fit"}
+        origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in shown.items())
         return Group(Text(head, style="bold"), self._table(), Text(proof), Text(origin))
 
     def _table(self) -> Table:

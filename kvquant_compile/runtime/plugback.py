@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError, UnsupportedModelError
+from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.program import Program
 
@@ -33,6 +34,7 @@ class Installed:
     Attributes:
         program: the rewritten graph.
         captured: the captured original.
+        layers: what the passes proved, node by node.
         artifact: formats and tables.
         report: what ``explain`` shows.
         attend_quantized: every query reads every token, its own included, from the packed
@@ -42,6 +44,7 @@ class Installed:
 
     program: Program
     captured: Captured
+    layers: tuple[MatchedLayer, ...]
     artifact: Artifact
     report: Any
     attend_quantized: bool = False
