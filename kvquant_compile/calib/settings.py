@@ -31,7 +31,7 @@ class FitSettings:
     key_nuq: bool = True
     value_nuq: bool = False
     sensitivity: bool = True
-    channel_power: float = 1.0
+    channel_power: float = 0.5
     token_power: float = 1.0
     scale_squared: bool = True
     refine: int = 6
