@@ -183,7 +183,9 @@ def main() -> None:
     )
     bench = Bench(captured, layers, text)
     full = Variant("ours", FitSettings(), 1, FormatOptions().sinks)
-    record: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
+    record: dict[str, Any] = {
+        "arguments": {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+    }
     record["environment"] = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
@@ -198,8 +200,8 @@ def main() -> None:
     run("no calibration data", Bench(captured, layers, sampled), [full], args.bits, windows)
     if args.ablation:
         few = windows[: args.ablation]
-        run("built up", bench, ladder(), args.bits, few)
-        run("one taken out", bench, leave_one_out(), args.bits, few)
+        run("built up", bench, ladder(), args.ablation_bits, few)
+        run("one taken out", bench, leave_one_out(), args.ablation_bits, few)
     record["options"] = asdict(options)
     args.json.write_text(json.dumps(record, indent=1))
 
@@ -213,6 +215,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="windows of the main tables")
     parser.add_argument("--ablation", type=int, default=24, help="windows of the ablation, 0: none")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--ablation-bits", type=int, nargs="+", default=[3, 2])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
