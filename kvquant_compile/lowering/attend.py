@@ -21,6 +21,7 @@ from kvquant_compile.codec.values import dequantise_values
 from kvquant_compile.lowering.constants import reorder
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.lowering.softmax import OnlineSoftmax
+from kvquant_compile.lowering.torch_internals import causal_flash
 
 BLOCK_PAGES = 16
 QUERY_TILE = 512
@@ -91,7 +92,7 @@ def attend(
         hidden = cache.positions[:, places] < 0
         visible = _visible(slots, first, hidden, limit, site.window)
         _update(state, grouped, keys, values, visible, site.softcap)
-    if exact_chunk:
+    if exact_chunk and not _attend_own_fast(state, query, key, value, slots, site):
         _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
     output, lse = state.result(site.sink_logits)
     return (
@@ -162,6 +163,23 @@ def _visible(
         return None
     seen = (place <= slots[..., None]) & (place < limit[:, None, None]) & ~hidden[:, None]
     return seen & (place > slots[..., None] - window) if window else seen
+
+
+def _attend_own_fast(
+    state: OnlineSoftmax, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
+) -> bool:
+    """The step's own tokens by torch's flash kernel, the very one the original model runs.
+
+    Returns:
+        Whether it could: plain causal attention of several tokens, none of them padding.
+    """
+    if slots.shape[1] == 1 or site.softcap or site.window or not bool((slots >= 0).all()):
+        return False
+    done = causal_flash(query, key, value, site.scale)
+    if done is not None:
+        groups = state.peak.shape[1:3]
+        state.merge(*(x.float().unflatten(1, groups) for x in done))
+    return done is not None
 
 
 def _attend_own(

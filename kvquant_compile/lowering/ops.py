@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvquant_compile.errors import OptionError
 from kvquant_compile.lowering import append as _append
 from kvquant_compile.lowering import attend as _attend
 
@@ -46,7 +47,8 @@ def _append_impl(
     geometry: list[Tensor],
     format: str,
 ) -> None:
-    _append.append(key, value, slots, table, pages, sinks, tables, geometry, format)
+    with torch.no_grad():  # the cache must not drag the step's autograd graph along
+        _append.append(key, value, slots, table, pages, sinks, tables, geometry, format)
 
 
 def _attend_impl(
@@ -83,6 +85,18 @@ _LIBRARY.impl("append", _append_impl, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("kvquant::append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("kvquant::attend", _attend_fake, lib=_LIBRARY)
+
+
+
+def _no_gradient(ctx: object, *gradients: Tensor) -> None:
+    raise OptionError(
+        "no gradient flows through an optimised model",
+        why="keys and values are rounded to a few bits, and attention reads only those",
+        do="Use torch.no_grad() for inference, or kvquant_compile.restore(model) to train.",
+    )
+
+
+torch.library.register_autograd("kvquant::attend", _no_gradient, lib=_LIBRARY)
 
 append = torch.ops.kvquant.append.default
 attend = torch.ops.kvquant.attend.default
