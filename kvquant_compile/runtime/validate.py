@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvquant_compile.calib.data import vocabulary
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.hf_hooks import attention_by
 from kvquant_compile.codec.layout import lossless_spec
 from kvquant_compile.errors import ValidationError
 from kvquant_compile.lowering.constants import lower_layer
@@ -112,11 +113,12 @@ def _original(
         from transformers import DynamicCache
 
         past = DynamicCache(config=model.config.get_text_config(decoder=True))
-    result = captured.backbone(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=past,
-        use_cache=True,
-    )
+    with attention_by(captured.backbone, str(captured.evidence["reference"])):
+        result = captured.backbone(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=True,
+        )
     return result.last_hidden_state, past
