@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.errors import UnsupportedModelError
+from kvquant_compile.passes.head_view import HeadView
 from kvquant_compile.passes.recognise import MatchedLayer
 
 
@@ -49,6 +51,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted:
+            if torch.is_grad_enabled() and not value.requires_grad:
+                value = value.detach().requires_grad_()  # nothing before it is differentiated
             self.seen[n] = value
         return value
 
@@ -70,12 +74,12 @@ def observe(
     Returns:
         cache index -> observations of all tokens, in order.
     """
-    nodes = [_stored_nodes(layer) for layer in layers]
+    views = [view for layer in layers for view in _stored(layer)]
     parts: list[list[tuple[Tensor, ...]]] = [[] for _ in layers]
     places: list[Tensor] = []
     with _frozen_parameters(captured.model):
         for ids in batches:
-            found = _one_batch(captured, nodes, ids.to(captured.device), gradients)
+            found = _one_batch(captured, views, ids.to(captured.device), gradients)
             for part, values in zip(parts, found, strict=True):
                 part.append(values)
             places.append(torch.arange(ids.shape[1]).repeat(ids.shape[0]))
@@ -83,29 +87,31 @@ def observe(
     return {layer.plan.index: _join(part, where) for layer, part in zip(layers, parts, strict=True)}
 
 
-def _stored_nodes(layer: MatchedLayer) -> tuple[fx.Node, fx.Node]:
-    return (layer.key_pre if layer.plan.rope is not None else layer.key), layer.value
+def _stored(layer: MatchedLayer) -> tuple[HeadView, HeadView]:
+    key = layer.key_pre if layer.plan.rope is not None else layer.key
+    return HeadView.of(key), HeadView.of(layer.value)
 
 
 def _one_batch(
-    captured: Captured, nodes: list[tuple[fx.Node, fx.Node]], ids: Tensor, gradients: bool
+    captured: Captured, views: list[HeadView], ids: Tensor, gradients: bool
 ) -> list[tuple[Tensor, ...]]:
     """(keys, values[, gradients of both]) of every layer, [H, B * S, D] each."""
-    recorder = _Recorder(captured.graph_module, {n for pair in nodes for n in pair})
+    recorder = _Recorder(captured.graph_module, {view.node for view in views})
     with torch.set_grad_enabled(gradients):
         logits = run_captured(captured, recorder.run, ids)
-        flat = [recorder.seen[n] for pair in nodes for n in pair]
-        tensors = [t.detach() for t in flat]
+        found = [recorder.seen[view.node] for view in views]
+        columns = [_columns(views, found)]
         if gradients:
             loss = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
             )
-            grads = torch.autograd.grad(loss, flat)
-            return [
-                tuple(map(_tokens, (tensors[i], tensors[i + 1], grads[i], grads[i + 1])))
-                for i in range(0, len(flat), 2)
-            ]
-    return [tuple(map(_tokens, tensors[i : i + 2])) for i in range(0, len(flat), 2)]
+            columns.append(_columns(views, torch.autograd.grad(loss, found)))
+    layers = range(0, len(views), 2)
+    return [tuple(x for column in columns for x in column[i : i + 2]) for i in layers]
+
+
+def _columns(views: Sequence[HeadView], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [_tokens(view(x)) for view, x in zip(views, tensors, strict=True)]
 
 
 def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Tensor:
@@ -126,7 +132,14 @@ def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Te
     }
     last = run(*(inputs[name] for name in names))
     with _constant_backbone(backbone, last):
-        return captured.model(input_ids=ids, use_cache=False).logits
+        result = captured.model(input_ids=ids, use_cache=False)
+    if not hasattr(result, "logits"):
+        raise UnsupportedModelError(
+            f"{type(captured.model).__name__} cannot be calibrated or scored",
+            why="it has no language-model head, so it predicts no tokens",
+            do="Pass the causal LM that contains it.",
+        )
+    return result.logits
 
 
 @contextlib.contextmanager

@@ -127,3 +127,4 @@ def _replace(graph: fx.Graph, site: Site, meaning: Meaning, mask: fx.Node) -> No
     attend.meta["stack_trace"] = site.out.meta.get("stack_trace", "")
     result = attend if site.out_layout == "bshd" else add_transpose(graph, attend)
     site.out.replace_all_uses_with(result)
+    graph.erase_node(site.out)  # dead code elimination keeps sdpa: it may draw random numbers

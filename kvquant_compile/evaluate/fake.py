@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from kvquant_compile.calib.observe import run_captured
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.passes.head_view import HeadView
 from kvquant_compile.passes.recognise import MatchedLayer
 
 
@@ -57,21 +58,23 @@ def insert_codec(
     for layer in layers:
         before_rope = codec.pre_rope and layer.plan.rope is not None
         index = layer.plan.index
-        _wrap(graph, copies[layer.key_pre if before_rope else layer.key], codec.keys, index)
-        _wrap(graph, copies[layer.value], codec.values, index)
+        key = HeadView.of(layer.key_pre if before_rope else layer.key)
+        _wrap(graph, copies[key.node], _round_trip(codec.keys, key), index)
+        value = HeadView.of(layer.value)
+        _wrap(graph, copies[value.node], _round_trip(codec.values, value), index)
     return fx.GraphModule(source, graph)
 
 
-def _wrap(
-    graph: fx.Graph, node: fx.Node, codec: Callable[[Tensor, int], Tensor], layer: int
-) -> None:
+def _wrap(graph: fx.Graph, node: fx.Node, trip: Callable[..., Tensor], layer: int) -> None:
     with graph.inserting_after(node):
-        new = graph.call_function(_round_trip(codec), (node, layer))
+        new = graph.call_function(trip, (node, layer))
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
-def _round_trip(codec: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+def _round_trip(
+    codec: Callable[[Tensor, int], Tensor], view: HeadView
+) -> Callable[[Tensor, int], Tensor]:
     def round_trip(x: Tensor, layer: int) -> Tensor:
-        return codec(x, layer).to(x.dtype)
+        return view.undo(codec(view(x), layer).to(x.dtype))
 
     return round_trip
