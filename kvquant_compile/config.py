@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,22 @@ class FormatOptions:
         values = self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]
         for value in values:
             _pair(value)
+
+    def specs(self, indices: Sequence[int]) -> dict[int, CodecSpec]:
+        """The format of every cache layer.
+
+        Raises:
+            OptionError: ``bits`` is a mapping that misses a layer, or names one there is not.
+        """
+        unknown = set(self.bits) - set(indices) if isinstance(self.bits, Mapping) else set()
+        if unknown:
+            raise OptionError(
+                "bits names layers that the model has not",
+                where=", ".join(sorted(map(repr, unknown))),
+                why=f"its cache layers are {', '.join(map(str, indices))}",
+                do="Drop these entries.",
+            )
+        return {index: self.spec(index) for index in indices}
 
     def spec(self, index: int) -> CodecSpec:
         """The format of one cache layer.

@@ -52,7 +52,11 @@ class CalibrationOptions:
                 why=f"it is one of {', '.join(SENSITIVITIES)}",
                 do='Pass "fisher" or "none".',
             )
-        if windows is not None and (not isinstance(windows, int) or windows < 1):
+        if not _is_whole(seed):
+            raise OptionError(
+                f"seed={seed!r}", why="it is a whole number", do="Leave it out for the default."
+            )
+        if windows is not None and (not _is_whole(windows) or windows < 1):
             raise OptionError(
                 f"windows={windows!r}",
                 why="it is a whole number of calibration windows, at least 1",
@@ -63,6 +67,10 @@ class CalibrationOptions:
         sampled = WindowSettings(windows or base.sampled.windows, base.sampled.tokens, seed)
         fit = FitSettings(sensitivity=sensitivity == "fisher")
         return CalibrationOptions(given, fit, base.default_sinks, sampled)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def observe_windows(

@@ -51,14 +51,16 @@ def calibration_windows(
     if not pieces:
         raise _unusable("it is empty")
     limit = vocabulary(captured.model)
-    biggest = max(int(p.max()) for p in pieces)
-    if limit and biggest >= limit:
-        raise _unusable(f"token id {biggest} is outside the model's vocabulary of {limit}")
+    for extreme in (max(int(p.max()) for p in pieces), min(int(p.min()) for p in pieces)):
+        if extreme < 0 or (limit and extreme >= limit):
+            raise _unusable(f"token id {extreme} is outside the model's vocabulary of {limit}")
     return _cut(pieces, settings)
 
 
 def _token_rows(item: Any, tokenizer: Any) -> list[Tensor]:
-    if isinstance(item, Mapping) or hasattr(item, "input_ids"):
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise _unusable("an item is a mapping without input_ids")
         item = item["input_ids"]
     if isinstance(item, str):
         if tokenizer is None:
@@ -72,8 +74,10 @@ def _token_rows(item: Any, tokenizer: Any) -> list[Tensor]:
         ids = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _unusable(f"an item is a {type(item).__name__}") from error
-    if ids.numel() and ids.is_floating_point():
-        raise _unusable("its tensors hold floats, not token ids")
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise _unusable(f"its tensors hold {ids.dtype}, not token ids")
+    if ids.ndim == 0:
+        raise _unusable("an item is a single number, not a sequence of token ids")
     return list(ids.long().cpu().reshape(-1, ids.shape[-1])) if ids.numel() else []
 
 

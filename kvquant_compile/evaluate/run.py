@@ -57,7 +57,7 @@ def prepare(
 
 def build(prepared: Prepared, form: FormatOptions, options: CalibrationOptions) -> Program:
     """Fit tables for one format and rewrite the graph with them."""
-    specs = {layer.plan.index: form.spec(layer.plan.index) for layer in prepared.layers}
+    specs = form.specs([layer.plan.index for layer in prepared.layers])
     artifact: Artifact = fit_artifact(
         prepared.captured, prepared.layers, specs, prepared.observed, options, prepared.source
     )
