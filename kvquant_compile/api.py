@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from kvquant_compile.calib.artifact import Artifact
@@ -84,13 +85,14 @@ def optimize(
     given = _given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
     form = FormatOptions(bits, slots, options.default_sinks if sinks is None else sinks)
-    with Progress(progress) as bar:
+    # Gradients are needed in calibration, whatever mode the caller is in.
+    with torch.inference_mode(False), Progress(progress) as bar:
         bar.stage("capture")
         captured = capture(model, example_inputs)
         bar.stage("recognise and prove")
         layers = recognise(captured)
         _check_refusals(layers, strict)
-        specs = {layer.plan.index: form.spec(layer.plan.index) for layer in layers}
+        specs = form.specs([layer.plan.index for layer in layers])
         bar.stage("validate (lossless)")
         errors = validate_lossless(captured, layers)
         if given is None:
@@ -177,7 +179,7 @@ def _refuse_optimised(model: nn.Module) -> None:
             why="it is no torch.nn.Module",
             do="Pass the loaded model itself.",
         )
-    if ATTRIBUTE in model.__dict__:
+    if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise OptionError(
             f"{type(model).__name__} is already optimised",
             why="its forward already runs a rewritten graph",

@@ -147,6 +147,7 @@ class QuantizedCache(Cache):
         """(columns after the step, offset)."""
         return self.columns + query_length, 0
 
+    @torch.inference_mode(False)  # a later step may write outside inference mode
     def begin(self, positions: Tensor, attention_mask: Tensor | None) -> Step:
         """Prepare a step: allocate its pages and decide where its tokens go.
 
@@ -210,6 +211,7 @@ class QuantizedCache(Cache):
         rows = torch.arange(self.batch, device=self.device).repeat_interleave(repeats)
         self.batch_select_indices(rows)
 
+    @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` [n], in this order, repeats allowed."""
         if self.batch == 0:

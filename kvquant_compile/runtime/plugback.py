@@ -40,6 +40,7 @@ class Installed:
         attend_quantized: every query reads every token, its own included, from the packed
             cache, also where ``use_cache`` is off. Honest evaluation needs it.
         warned: reasons already warned about.
+        before: instance attributes that the installed ones replace (a hook's own forward).
     """
 
     program: Program
@@ -49,6 +50,20 @@ class Installed:
     report: Any
     attend_quantized: bool = False
     warned: set[str] = field(default_factory=set)
+    before: dict[str, Any] = field(default_factory=dict)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: the installed ``forward`` would go on running this very model.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(
+            "an optimised model cannot be copied or pickled",
+            why="its forward runs a graph that is bound to its own parameters",
+            do="Call kvquant_compile.restore(model), copy it, and optimize both with the same "
+            "artifact; save_pretrained and state_dict work as they are.",
+        )
 
     def warn_once(self, reason: str) -> None:
         """One warning per reason and model."""
@@ -86,6 +101,9 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
     """Put the program behind the model; ``output_type`` is what its backbone returns."""
     backbone: Any = state.captured.backbone
     network: Any = model
+    for module, name in _replaced(state):
+        if name in module.__dict__:
+            state.before[name] = module.__dict__[name]
     if state.captured.convention == "transformers":
         assert output_type is not None
         backbone.forward = _backbone_forward(backbone, state, output_type)
@@ -95,15 +113,24 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
             )
     else:
         backbone.forward = _functional_forward(backbone, state)
-    model.__dict__[ATTRIBUTE] = state
+    for module in (model, backbone):
+        module.__dict__[ATTRIBUTE] = state
 
 
 def uninstall(model: nn.Module) -> None:
     """Give the model its own behaviour back."""
     state = installed(model)
-    state.captured.backbone.__dict__.pop("forward", None)
-    model.__dict__.pop("_prepare_cache_for_generation", None)
-    del model.__dict__[ATTRIBUTE]
+    for module, name in _replaced(state):
+        module.__dict__.pop(name, None)
+        if name in state.before:
+            module.__dict__[name] = state.before[name]
+        module.__dict__.pop(ATTRIBUTE, None)
+
+
+def _replaced(state: Installed) -> list[tuple[nn.Module, str]]:
+    """The instance attributes that optimising a model sets."""
+    captured = state.captured
+    return [(captured.backbone, "forward"), (captured.model, "_prepare_cache_for_generation")]
 
 
 def _prepare_cache(original: Callable[..., Any], state: Installed) -> Callable[..., Any]:
