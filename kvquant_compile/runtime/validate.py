@@ -113,8 +113,9 @@ def _original(
         from transformers import DynamicCache
 
         past = DynamicCache(config=model.config.get_text_config(decoder=True))
-    with attention_by(captured.backbone, str(captured.evidence["reference"])):
-        result = captured.backbone(
+    backbone: Any = captured.backbone
+    with attention_by(backbone, str(captured.evidence["reference"])):
+        result = backbone(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
