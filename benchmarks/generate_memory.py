@@ -10,9 +10,11 @@ which are the same for both.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,7 @@ def measure(arguments: argparse.Namespace, bits: int | None, pipe: Any) -> None:
         kvquant_compile.optimize(model, bits, calibration=windows, windows=4, progress=False)
     generate(model, ids[:, :64], 2)
     before = _reset_peak()
-    _, first = generate(model, ids, 1)
-    result, total = generate(model, ids, 1 + arguments.new)
+    result, times = generate(model, ids, 1 + arguments.new)
     cache = result.past_key_values
     nbytes = cache.nbytes() if bits is not None else _dense_bytes(cache)
     pipe.send(
@@ -50,15 +51,20 @@ def measure(arguments: argparse.Namespace, bits: int | None, pipe: Any) -> None:
             "tokens": ids.shape[1],
             "peak_bytes": _peak() - before,
             "cache_bytes": nbytes,
-            "prefill_seconds": first,
-            "seconds_per_token": (total - first) / arguments.new,
+            "prefill_seconds": times[0],
+            "seconds_per_token": statistics.median(times[1:]),
         }
     )
 
 
-def generate(model: Any, ids: torch.Tensor, new: int) -> tuple[Any, float]:
-    """Greedy generation of exactly ``new`` tokens, and its seconds."""
-    start = time.perf_counter()
+def generate(model: Any, ids: torch.Tensor, new: int) -> tuple[Any, list[float]]:
+    """Greedy generation of exactly ``new`` tokens, and the seconds of every step."""
+    ticks = [time.perf_counter()]
+
+    def tick(tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ticks.append(time.perf_counter())
+        return torch.zeros(tokens.shape[0], dtype=torch.bool)
+
     result = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -66,8 +72,9 @@ def generate(model: Any, ids: torch.Tensor, new: int) -> tuple[Any, float]:
         min_new_tokens=new,
         do_sample=False,
         return_dict_in_generate=True,
+        stopping_criteria=[tick],
     )
-    return result, time.perf_counter() - start
+    return result, [b - a for a, b in itertools.pairwise(ticks)]
 
 
 def _dense_bytes(cache: Any) -> int:
