@@ -1,0 +1,156 @@
+"""``kvquant::attend`` through the generated kernels: two launches for decode, three for prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.lowering.attend import CacheView, Site
+from kvquant_compile.lowering.triton.compat import launch_options, native
+from kvquant_compile.lowering.triton.merge import merge_kernel, own_kernel
+from kvquant_compile.lowering.triton.module import history_kernel
+from kvquant_compile.lowering.triton.prepared import (
+    Prepared,
+    page_addresses,
+    prepared,
+    split_count,
+)
+from kvquant_compile.lowering.triton.spec import KernelSpec
+
+OWN_STEPS = 16
+
+
+def kernel_spec(layout: PageLayout, constants: Prepared, site: Site, columns: int) -> KernelSpec:
+    """The kernel that an attention site needs for ``columns`` query columns a kv head."""
+    return KernelSpec(
+        layout=layout,
+        rotated=constants.rotated,
+        columns=8 if columns <= 8 else 16,
+        softcap=site.softcap != 0,
+        window=site.window != 0,
+        reorder=constants.query_order.numel() > 0,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    history: Tensor,
+    cache: CacheView,
+    site: Site,
+    exact_chunk: bool,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`kvquant_compile.lowering.attend.attend`, without host synchronisation.
+
+    Products are float16 with float32 sums, whatever the dtype of the query.
+    """
+    layout = cache.layout
+    constants = prepared(layout, cache.tables, cache.geometry)
+    query, key, value = (_rows(x) for x in (query, key, value))
+    batch, query_heads, steps, _ = query.shape
+    rep = query_heads // layout.heads
+    spec = kernel_spec(layout, constants, site, rep * steps)
+    tiles = -(-rep * steps // spec.columns)
+    splits = split_count(batch * layout.heads * tiles, cache.table.shape[1], query.device)
+    shape = (batch * layout.heads, tiles, splits, spec.columns)
+    partial = query.new_empty(*shape, layout.value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(shape, dtype=torch.float32)
+    history_kernel(spec)[(batch * layout.heads, splits, tiles)](
+        query, constants.query_order, slots, history, cache.table, cache.positions,
+        page_addresses(cache.pages), constants.key_words, constants.offset_words,
+        constants.key_bytes, constants.value_bytes, constants.turns, constants.rope_scale, constants.key_factor,
+        constants.gain, constants.offset, partial, partial_lse,
+        site.scale, site.softcap, site.window, layout.heads, rep, steps, splits,
+        query.stride(0), query.stride(1), query.stride(2), cache.table.stride(0),
+        cache.positions.stride(0), slots.stride(0), layout.page_bytes,
+        EXACT=exact_chunk, SINKS=cache.sinks.shape[2], STEPS_POW2=_pow2(steps), NATIVE=native(),
+        **launch_options(num_warps=spec.warps, num_stages=1),
+    )  # fmt: skip
+    own = _own(query, key, value, slots, site, layout, exact_chunk and steps > OWN_STEPS)
+    return _merge(
+        partial, partial_lse, own, query, key, value, slots, history, cache, site, constants,
+        layout, exact_chunk,
+    )  # fmt: skip
+
+
+def _own(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    site: Site,
+    layout: PageLayout,
+    wanted: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Attention of a long chunk to itself; None where the merge does it, or nobody."""
+    if not wanted:
+        return None
+    batch, query_heads, steps, dim = query.shape
+    own = query.new_empty(batch, query_heads, steps, layout.value_dim, dtype=torch.float32)
+    lse = query.new_empty(batch, query_heads, steps, dtype=torch.float32)
+    block = 64
+    own_kernel[(batch * query_heads, -(-steps // block))](
+        query, key, value, slots, own, lse, site.scale, site.softcap, site.window,
+        layout.heads, query_heads // layout.heads, steps,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], slots.stride(0),
+        DIM=dim, VALUE_DIM=layout.value_dim, DIM_POW2=max(16, _pow2(dim)),
+        VALUE_POW2=max(16, _pow2(layout.value_dim)), CAP=site.softcap != 0,
+        WINDOW=site.window != 0, BLOCK_Q=block, BLOCK_K=block,
+        **launch_options(num_warps=4, num_stages=2),
+    )  # fmt: skip
+    return own, lse
+
+
+def _merge(
+    partial: Tensor,
+    partial_lse: Tensor,
+    own: tuple[Tensor, Tensor] | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    history: Tensor,
+    cache: CacheView,
+    site: Site,
+    constants: Prepared,
+    layout: PageLayout,
+    exact_chunk: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, query_heads, steps, dim = query.shape
+    _, tiles, splits, columns = partial_lse.shape
+    output = query.new_empty(batch, steps, query_heads, layout.value_dim)
+    lse = query.new_empty(batch, query_heads, steps, dtype=torch.float32)
+    logits = site.sink_logits
+    pairs = constants.turns.numel()
+    sinks = cache.sinks.shape[2]
+    inline = exact_chunk and own is None
+    options: dict[str, Any] = launch_options(num_warps=4)
+    merge_kernel[(batch * query_heads, steps)](
+        partial, partial_lse, query, key, value, slots, cache.positions, history, cache.sinks,
+        lse if logits is None else logits, constants.query_order, constants.turns,
+        constants.rope_scale, *(own or (partial, partial_lse)), output, lse,
+        site.scale, site.softcap, site.window, layout.heads, query_heads // layout.heads, steps,
+        splits, columns, tiles, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        slots.stride(0), cache.positions.stride(0),
+        DIM=dim, VALUE_DIM=layout.value_dim, DIM_POW2=_pow2(dim),
+        VALUE_POW2=_pow2(layout.value_dim), PAIRS=pairs, PAIRS_POW2=_pow2(pairs), SINKS=sinks,
+        SINKS_POW2=_pow2(sinks), OWN=_pow2(steps) if inline else 0, OWN_APART=own is not None,
+        EXACT=exact_chunk, CAP=site.softcap != 0, WINDOW=site.window != 0,
+        LOGITS=logits is not None, ORDER=constants.query_order.numel() > 0,
+        ROPE=constants.rotated > 0, NATIVE=native(), **options,
+    )  # fmt: skip
+    return output, lse
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor with contiguous channels."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,230 @@
+"""Kernels outside the pages: the step's own tokens, and the merge of all parts."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvquant_compile.lowering.triton.primitives import circle
+
+
+@triton.jit
+def _capped(x, softcap, CAP: tl.constexpr):
+    """Scores with the soft-cap, in units of log 2."""
+    if CAP:
+        x = softcap - 2 * softcap / (tl.exp2(x / softcap * 2.885390081777927) + 1)
+    return x * 1.4426950408889634
+
+
+@triton.jit
+def merge_kernel(
+    partial, partial_lse, query, key, value, slots, positions, history, sinks, sink_logits,
+    query_order, turns, rope_scale, own, own_lse, output, output_lse,
+    scale, softcap, window,
+    heads, rep, steps, splits, columns, tiles,
+    query_batch, query_head, query_step, key_batch, key_head, key_step,
+    value_batch, value_head, value_step, slot_row, position_row,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_POW2: tl.constexpr,
+    PAIRS: tl.constexpr, PAIRS_POW2: tl.constexpr, SINKS: tl.constexpr, SINKS_POW2: tl.constexpr,
+    OWN: tl.constexpr, OWN_APART: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, LOGITS: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """One query: partial sums of the pages, exact leading tokens, the step's own tokens.
+
+    Grid (batch * query heads, steps). Writes output [B, S, Hq, VALUE_DIM] and the natural
+    log-sum-exp [B, Hq, S]; zeros and -inf where nothing is seen.
+    """
+    query_heads = heads * rep
+    row = tl.program_id(0) // query_heads
+    query_id = tl.program_id(0) % query_heads
+    head = query_id // rep
+    step = tl.program_id(1)
+    slot = tl.load(slots + row * slot_row + step)
+    v = tl.arange(0, VALUE_POW2)
+    rows = query + row * query_batch + query_id * query_head + step * query_step
+    peak = tl.full([1], float("-inf"), tl.float32)
+    mass = tl.zeros([1], tl.float32)
+    total = tl.zeros([1, VALUE_POW2], tl.float32)
+
+    column = (query_id % rep) * steps + step
+    tile = (row * heads + head) * tiles + column // columns
+    for first in range(0, splits, 16):
+        part = first + tl.arange(0, 16)
+        at = (tile * splits + part) * columns + column % columns
+        there = part < splits
+        lse = tl.load(partial_lse + at, mask=there, other=float("-inf"))
+        grown = tl.maximum(peak, tl.max(lse, 0))
+        ground = tl.where(grown == float("-inf"), 0.0, grown)
+        weight = tl.exp2(lse - ground)
+        decay = tl.exp2(peak - ground)
+        sums = tl.load(
+            partial + at[:, None] * VALUE_DIM + v[None, :],
+            mask=(weight > 0)[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        total = total * decay[:, None] + tl.sum(sums * weight[:, None], 0)[None, :]
+        mass = mass * decay + tl.sum(weight, 0)
+        peak = grown
+
+    if SINKS > 0:
+        n = tl.arange(0, SINKS_POW2)
+        pair = tl.arange(0, PAIRS_POW2)
+        inside = (n < SINKS)[:, None] & (pair < PAIRS)[None, :]
+        width: tl.constexpr = 2 * PAIRS + VALUE_DIM
+        base = sinks + (row * heads + head).to(tl.int64) * SINKS * width
+        a = tl.load(base + n[:, None] * width + pair[None, :], mask=inside, other=0.0)
+        b = tl.load(base + n[:, None] * width + PAIRS + pair[None, :], mask=inside, other=0.0)
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        ca, cb = pair, pair + PAIRS
+        if ORDER:
+            ca = tl.load(query_order + ca, mask=pair < PAIRS, other=DIM)
+            cb = tl.load(query_order + cb, mask=pair < PAIRS, other=DIM)
+        in_a, in_b = (pair < PAIRS) & (ca < DIM), (pair < PAIRS) & (cb < DIM)
+        qa = tl.load(rows + ca, mask=in_a, other=0.0).to(tl.float32)
+        qb = tl.load(rows + cb, mask=in_b, other=0.0).to(tl.float32)
+        stored = tl.load(history + row)
+        if not EXACT:
+            stored = tl.maximum(stored, slot + 1)
+        stored_sink = (n < SINKS) & (n < stored)
+        at_sink = tl.load(positions + row * position_row + n, mask=stored_sink, other=-1)
+        if ROPE:
+            turn = tl.load(turns + pair, mask=pair < PAIRS, other=0)
+            stretch = tl.load(rope_scale + pair, mask=pair < PAIRS, other=1.0)
+            angle = ((at_sink.to(tl.int64)[:, None] * turn[None, :]) >> 32).to(tl.int32)
+            cos, sin = circle(angle, NATIVE)
+            cos, sin = cos * stretch[None, :], sin * stretch[None, :]
+            a, b = a * cos - b * sin, a * sin + b * cos
+        x = _capped(tl.sum(a * qa[None, :] + b * qb[None, :], 1) * scale, softcap, CAP)
+        seen = stored_sink & (at_sink >= 0) & (n <= slot)
+        if WINDOW:
+            seen &= n > slot - window
+        x = tl.where(seen, x, float("-inf"))
+        grown = tl.maximum(peak, tl.max(x, 0))
+        ground = tl.where(grown == float("-inf"), 0.0, grown)
+        weight = tl.exp2(x - ground)
+        decay = tl.exp2(peak - ground)
+        exact = tl.load(
+            base + n[:, None] * width + 2 * PAIRS + v[None, :],
+            mask=(n < SINKS)[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        total = total * decay[:, None] + tl.sum(exact * weight[:, None], 0)[None, :]
+        mass = mass * decay + tl.sum(weight, 0)
+        peak = grown
+
+    if OWN > 0:
+        n = tl.arange(0, OWN)
+        d = tl.arange(0, DIM_POW2)
+        q = tl.load(rows + d, mask=d < DIM, other=0.0).to(tl.float32)
+        keys = tl.load(
+            key + row * key_batch + head * key_head + n[:, None] * key_step + d[None, :],
+            mask=(n < steps)[:, None] & (d < DIM)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        place = tl.load(slots + row * slot_row + n, mask=n < steps, other=-1)
+        x = _capped(tl.sum(keys * q[None, :], 1) * scale, softcap, CAP)
+        seen = (n <= step) & (place >= 0) & (slot >= 0)
+        if WINDOW:
+            seen &= place > slot - window
+        x = tl.where(seen, x, float("-inf"))
+        grown = tl.maximum(peak, tl.max(x, 0))
+        ground = tl.where(grown == float("-inf"), 0.0, grown)
+        weight = tl.exp2(x - ground)
+        decay = tl.exp2(peak - ground)
+        exact = tl.load(
+            value + row * value_batch + head * value_head + n[:, None] * value_step + v[None, :],
+            mask=(n < steps)[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        total = total * decay[:, None] + tl.sum(exact * weight[:, None], 0)[None, :]
+        mass = mass * decay + tl.sum(weight, 0)
+        peak = grown
+
+    at = (row * query_heads + query_id) * steps + step
+    if OWN_APART:
+        lse = tl.load(own_lse + at + tl.zeros([1], tl.int32))
+        grown = tl.maximum(peak, lse)
+        ground = tl.where(grown == float("-inf"), 0.0, grown)
+        weight = tl.exp2(lse - ground)
+        decay = tl.exp2(peak - ground)
+        sums = tl.load(own + at.to(tl.int64) * VALUE_DIM + v, mask=v < VALUE_DIM, other=0.0)
+        total = total * decay[:, None] + sums[None, :] * weight[:, None]
+        mass = mass * decay + weight
+        peak = grown
+    if LOGITS:
+        logit = tl.load(sink_logits + query_id + tl.zeros([1], tl.int32)).to(tl.float32)
+        ground = tl.where(peak == float("-inf"), 0.0, peak)
+        # A query that sees nothing gets zeros; its log-sum-exp is the logit's.
+        mass += tl.exp2(logit * 1.4426950408889634 - ground)
+    over = tl.where(mass > 0, 1.0 / mass, 0.0)
+    result = total * over[:, None]
+    target = ((row * steps + step) * query_heads + query_id).to(tl.int64) * VALUE_DIM
+    tl.store(
+        output + target + v[None, :],
+        result.to(output.dtype.element_ty),
+        mask=(v < VALUE_DIM)[None, :],
+    )
+    ground = tl.where(peak == float("-inf"), 0.0, peak)
+    log = tl.where(mass > 0, (ground + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
+    tl.store(output_lse + at + tl.zeros([1], tl.int32), log)
+
+
+@triton.jit
+def own_kernel(
+    query, key, value, slots, own, own_lse, scale, softcap, window, heads, rep, steps,
+    query_batch, query_head, query_step, key_batch, key_head, key_step,
+    value_batch, value_head, value_step, slot_row,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_POW2: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of a step's queries to the step's own exact tokens.
+
+    Grid (batch * query heads, blocks of queries). Writes normalised sums float32
+    [B, Hq, S, VALUE_DIM] and log2-sum-exps [B, Hq, S].
+    """
+    query_heads = heads * rep
+    row = tl.program_id(0) // query_heads
+    query_id = tl.program_id(0) % query_heads
+    head = query_id // rep
+    i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    d = tl.arange(0, DIM_POW2)
+    v = tl.arange(0, VALUE_POW2)
+    q = tl.load(
+        query + row * query_batch + query_id * query_head + i[:, None] * query_step + d[None, :],
+        mask=(i < steps)[:, None] & (d < DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    slot = tl.load(slots + row * slot_row + i, mask=i < steps, other=-1)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q, VALUE_POW2], tl.float32)
+    for first in range(0, (tl.program_id(1) + 1) * BLOCK_Q, BLOCK_K):
+        j = first + tl.arange(0, BLOCK_K)
+        there = j < steps
+        k = tl.load(
+            key + row * key_batch + head * key_head + j[None, :] * key_step + d[:, None],
+            mask=there[None, :] & (d < DIM)[:, None], other=0.0,
+        )  # fmt: skip
+        x = _capped(tl.dot(q, k, input_precision="ieee") * scale, softcap, CAP)
+        place = tl.load(slots + row * slot_row + j, mask=there, other=-1)
+        seen = (j[None, :] <= i[:, None]) & (place >= 0)[None, :] & (slot >= 0)[:, None]
+        if WINDOW:
+            seen &= place[None, :] > slot[:, None] - window
+        x = tl.where(seen, x, float("-inf"))
+        grown = tl.maximum(peak, tl.max(x, 1))
+        ground = tl.where(grown == float("-inf"), 0.0, grown)
+        p = tl.exp2(x - ground[:, None])
+        decay = tl.exp2(peak - ground)
+        values = tl.load(
+            value + row * value_batch + head * value_head + j[:, None] * value_step + v[None, :],
+            mask=there[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        product = tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        total = total * decay[:, None] + product
+        mass = mass * decay + tl.sum(p, 1)
+        peak = grown
+    over = tl.where(mass > 0, 1.0 / mass, 0.0)
+    at = (row * query_heads + query_id) * steps + i
+    tl.store(
+        own + at.to(tl.int64)[:, None] * VALUE_DIM + v[None, :], total * over[:, None],
+        mask=(i < steps)[:, None] & (v < VALUE_DIM)[None, :],
+    )  # fmt: skip
+    lse = tl.where(mass > 0, peak + tl.log2(mass), float("-inf"))
+    tl.store(own_lse + at, lse, mask=i < steps)

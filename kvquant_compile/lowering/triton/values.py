@@ -1,0 +1,143 @@
+"""The half of the generated kernel that adds up values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvquant_compile.lowering.triton.emit import CodeWords, Source
+from kvquant_compile.lowering.triton.keys import half2, table_words
+from kvquant_compile.lowering.triton.spec import KernelSpec, table_bias
+
+
+@dataclass(frozen=True)
+class ValueEmitter:
+    """Writes the accumulation ``total{m}`` [W, 16, N] of a page's values and the epilogue."""
+
+    spec: KernelSpec
+    words: CodeWords
+
+    @property
+    def tiles(self) -> int:
+        """Groups of sixteen channels."""
+        return self.spec.value_channels // 16
+
+    def prologue(self, out: Source) -> None:
+        """Zeroed sums and the table's words."""
+        out("", "# sums: channels of a lane are contiguous, tile m holds 2 m and 2 m + 1 of each")
+        for m in range(self.tiles):
+            out(f"total{m} = tl.zeros([W, 16, N], tl.float32)")
+        out("mass = tl.zeros([W, 16, N], tl.float32)", "flat = tl.zeros([W, 16, N], tl.float32)")
+        table_words(out, "v", "value", self.spec.layout.spec.value_bits)
+
+    def accumulate(self, out: Source) -> None:
+        """Adds a page's values, weighted by ``p`` [W, 64, N]."""
+        out("", "# values")
+        self._weights(out)
+        self.words.split(out)
+        self.words.unpack(out)
+        for m in range(self.tiles):
+            self._multiply(out, m)
+
+    def _weights(self, out: Source) -> None:
+        """Weights times token scales in float16, relative to their bound in this page."""
+        layout = self.spec.layout
+        first = layout.offsets["value_scale_zero"][0] // 4
+        bias = float(table_bias(layout.spec.value_bits))
+        out(
+            f"both = row_order(tl.load(here[:, None] + {first} + in_page[None, :]), W)",
+            "stride = lower_half(both).to(tl.float32)",
+            "middle = upper_half(both).to(tl.float32)",
+            "wide = p * stride[:, :, None]",
+            "bound = tl.max(wide, 1)",
+            "inverse = tl.where(bound > 0, 1.0 / bound, 0.0)",
+            "weight = (wide * inverse[:, None, :]).to(tl.float16)",
+            f"excess = (bound * {bias})[:, None, :]",
+            "level = p * middle[:, :, None] - weight.to(tl.float32) * excess",
+            "mass = mass * decay[:, None, :] + tl.sum(p.reshape([W, 4, 16, N]), 1)",
+            "flat = flat * decay[:, None, :] + tl.sum(level.reshape([W, 4, 16, N]), 1)",
+            "right = weights_fragment(weight, W, N)",
+            "growth = bound * 16777216.0",
+        )
+        if layout.spec.value_slots:
+            self._slot_weights(out)
+
+    def _slot_weights(self, out: Source) -> None:
+        """Weights times slot residuals, and slot channels relative to the lane's first."""
+        layout = self.spec.layout
+        first = layout.offsets["value_slot_residual"][0] // 2
+        slots = range(layout.spec.value_slots)
+        out("halves16 = here.to(tl.pointer_type(tl.float16))[:, None]")
+        for s in slots:
+            at = first + 64 * s
+            out(
+                f"rest{s} = row_order(tl.load(halves16 + {at} + in_page[None, :]), W)",
+                f"far{s} = p * rest{s}.to(tl.float32)[:, :, None]",
+                f"farthest = tl.maximum(farthest, tl.abs(far{s}))" if s else
+                "farthest = tl.abs(far0)",
+            )  # fmt: skip
+        out("slot_bound = tl.max(farthest, 1)")
+        out("inverse = tl.where(slot_bound > 0, 1.0 / slot_bound, 0.0)")
+        for s in slots:
+            at = (layout.offsets["value_slot_index"][0] + 64 * s) // 4
+            out(
+                f"spread = (far{s} * inverse[:, None, :]).to(tl.float16)",
+                f"slot_right{s} = weights_fragment(spread, W, N)",
+                # bytes of tokens 8 t + 4 ih ..: word (chunk, ih)
+                f"bytes4 = tl.load(here[None, :, None] + {at} + four[:, None, None] // 2 * 8"
+                " + four[:, None, None] % 2 + 2 * t[None])",
+                f"places = token_pairs(bytes4.permute([1, 2, 0]),"
+                f" g * {self.spec.value_channels // 8}, W)",
+                f"where{s}_0, where{s}_1 = places.split()",
+            )
+
+    def _multiply(self, out: Source, m: int) -> None:
+        low, high = self.words.tiles(2 * m, 2 * m + 1)
+        out(
+            f"f00, f01, f10, f11 = levels({low}, {high},"
+            f" vl0, vl1, vl2, vl3, value_table, {self.words.bits}, NATIVE)",
+            "block = tl.dot(value_rows(f00, f01, f10, f11, W, NATIVE), right)",
+            f"total{m} = total{m} * decay[:, None, :] + block * growth[:, None, :]",
+        )
+        for s in range(self.spec.layout.spec.value_slots):
+            hits = [
+                f"equal2(where{s}_{ih}, where{s}_{ih} * 0 + {half2(2 * m + r)}, NATIVE)"
+                for r in range(2)
+                for ih in range(2)
+            ]
+            start = f", block{s - 1}" if s else ""
+            out(
+                f"hits = value_rows({', '.join(hits)}, W, NATIVE)",
+                f"block{s} = tl.dot(hits, slot_right{s}{start})",
+            )
+        if self.spec.layout.spec.value_slots:
+            last = self.spec.layout.spec.value_slots - 1
+            out(f"total{m} += block{last} * slot_bound[:, None, :]")
+
+    def epilogue(self, out: Source) -> None:
+        """Merges the warps and stores normalised sums [N, value_dim] and log2-sum-exps [N]."""
+        dim = self.spec.layout.value_dim
+        out(
+            "",
+            "# merge the warps",
+            "top = tl.max(peak, 0)",
+            "share = tl.exp2(peak - tl.where(top == float('-inf'), 0.0, top)[None, :])",
+            "mass2 = tl.sum(mass, 1) * share",
+            "flat2 = tl.sum(flat, 1) * share",
+            "whole = tl.sum(mass2, 0)",
+            "level = tl.sum(flat2, 0)",
+            "over = tl.where(whole > 0, 1.0 / whole, 0.0)",
+            "target = ((tl.program_id(0) * tl.num_programs(2) + tile) * splits + split) * N",
+            "tl.store(partial_lse + target + tl.arange(0, N), tl.where(whole > 0,"
+            " top + tl.log2(whole), float('-inf')))",
+            f"to = partial + (target + tl.arange(0, N)[None, :]) * {dim}",
+        )
+        for m in range(self.tiles):
+            out(
+                f"channel = (m16 % 8) * {self.spec.value_channels // 8} + {2 * m} + m16 // 8",
+                f"valid = channel < {dim}",
+                f"factor = tl.load(gain + head * {dim} + channel, mask=valid, other=0.0)",
+                f"base_value = tl.load(offset + head * {dim} + channel, mask=valid, other=0.0)",
+                f"summed = tl.sum(total{m} * share[:, None, :], 0) + level[None, :]",
+                "summed = summed * over[None, :] * factor[:, None] + base_value[:, None]",
+                "tl.store(to + channel[:, None], summed, mask=valid[:, None])",
+            )

@@ -1,0 +1,90 @@
+"""Runs named cases through the kernels and exits with 1 where one is off; see ``python -m``.
+
+Arguments: the part to run (``formats``, ``features``, ``append``), and the device
+(default ``cpu``, in Triton's interpreter).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.lowering.triton import attend as kernels
+from tests.lowering.reference import half_rope, interleaved_rope
+from tests.triton.cases import Case, relative_error
+
+TOLERANCE = 2e-3
+
+BASE = Case(CodecSpec(3, 3, 0, 0, False, 0), (32, 32), half_rope(32, 32))
+FORMATS = {
+    "none": replace(BASE, rope=None),
+    "k1v1": replace(BASE, spec=CodecSpec(1, 1, 0, 0, False, 0)),
+    "k2v4 one of each": replace(BASE, spec=CodecSpec(2, 4, 1, 1, True, 1)),
+    "k4v2 four slots": replace(BASE, spec=CodecSpec(4, 2, 4, 4, False, 2), rep=1),
+    "k8v3": replace(BASE, spec=CodecSpec(8, 3, 0, 2, True, 0)),
+    "k5v8": replace(BASE, spec=CodecSpec(5, 8, 1, 0, False, 0)),
+    "d80": replace(BASE, dims=(80, 80), rope=half_rope(80, 80), spec=CodecSpec(3, 3, 1, 1, True, 1)),
+    "d96x32 partial": replace(BASE, dims=(96, 32), rope=half_rope(96, 24)),
+    "d40 padded": replace(BASE, dims=(40, 24), rope=half_rope(40, 40)),
+    "interleaved scaled": replace(BASE, rope=interleaved_rope(32)),
+    "d128 default": replace(
+        BASE, dims=(128, 128), rope=half_rope(128, 128), heads=1, rep=4, lengths=(66,),
+        spec=CodecSpec(3, 3, 1, 1, True, 1),
+    ),
+}  # fmt: skip
+FEATURES = {
+    "not exact": replace(BASE, exact=False),
+    "ragged": replace(BASE, lengths=(1, 300, 63), heads=1, rep=1, slabs=3),
+    "empty": replace(BASE, lengths=(0, 1)),
+    "far positions": replace(BASE, start=999_000),
+    "window": replace(BASE, window=9),
+    "window over pages": replace(BASE, window=70, lengths=(200, 64), rep=1),
+    "softcap": replace(BASE, softcap=1.5),
+    "sink logits": replace(BASE, sink_logits=True),
+    "hidden": replace(BASE, hidden=20),
+    "scattered positions": replace(BASE, scattered=True, rep=1, lengths=(20, 3)),
+    "rep 16": replace(BASE, rep=16, heads=1),
+    "four steps": replace(BASE, steps=4, spec=CodecSpec(3, 3, 0, 0, False, 1)),
+    "padding": replace(BASE, steps=4, padding=2),
+    "a chunk": replace(BASE, steps=20, rep=1, heads=1),
+    "a chunk, not exact": replace(BASE, steps=20, rep=1, heads=1, exact=False),
+    "sharp": replace(BASE, sharpness=16.0),
+    "half": replace(BASE, dtype=torch.float16),
+}
+
+
+def check(name: str, case: Case) -> bool:
+    """Run one case and print its errors."""
+    built = case.build()
+    began = time.perf_counter()
+    poison = torch.full((1 << 20,), torch.nan, device=case.device)
+    del poison
+    output, lse = kernels.attend(*built.arguments())
+    seconds = time.perf_counter() - began
+    expected, expected_lse = built.expected()
+    real = (built.slots >= 0)[:, :, None, None].expand_as(expected)
+    error = relative_error(output[real], expected[real])
+    there = torch.isfinite(expected_lse) & (built.slots >= 0)[:, None]
+    gap = (lse.double() - expected_lse)[there].abs().max() if there.any() else torch.zeros(())
+    padding = output[~real]
+    clean = bool((padding == 0).all())
+    good = error <= TOLERANCE and float(gap) < 5e-3 * max(1.0, case.sharpness) and clean
+    mark = "" if good else "  <-- wrong"
+    print(f"{name:24s} error {error:.1e} lse {float(gap):.1e} {seconds:5.1f} s{mark}", flush=True)
+    return good
+
+
+def main(part: str, device: str = "cpu") -> int:
+    """Run a part; the number of cases that are off."""
+    torch.set_num_threads(1)
+    cases = {"formats": FORMATS, "features": FEATURES, "append": {}}[part]
+    good = [check(name, replace(case, device=torch.device(device))) for name, case in cases.items()]
+    return len(good) - sum(good)
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(*sys.argv[1:])))
