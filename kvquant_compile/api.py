@@ -13,6 +13,7 @@ from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.calibrate import CalibrationOptions, calibrate
 from kvquant_compile.calib.data import WindowSettings, sample_windows
 from kvquant_compile.capture import capture
+from kvquant_compile.capture.cleanup import evaluation_mode
 from kvquant_compile.config import Bits, FormatOptions
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
 from kvquant_compile.inspect.report import Report, build_report
@@ -86,7 +87,7 @@ def optimize(
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
     form = FormatOptions(bits, slots, options.default_sinks if sinks is None else sinks)
     # Gradients are needed in calibration, whatever mode the caller is in.
-    with torch.inference_mode(False), Progress(progress) as bar:
+    with torch.inference_mode(False), evaluation_mode(model), Progress(progress) as bar:
         bar.stage("capture")
         captured = capture(model, example_inputs)
         bar.stage("recognise and prove")
@@ -131,8 +132,15 @@ def sample_calibration(
         KVQuantError: the model cannot be captured or sampled from.
     """
     state = model.__dict__.get(ATTRIBUTE)
-    captured = capture(model) if state is None else state.captured
-    return sample_windows(captured, WindowSettings(windows, tokens, seed))
+    settings = WindowSettings(windows, tokens, seed)
+    with evaluation_mode(model):
+        if state is None:
+            return sample_windows(capture(model), settings)
+        state.quiet = True
+        try:
+            return sample_windows(state.captured, settings)
+        finally:
+            state.quiet = False
 
 
 def restore(model: Model) -> Model:

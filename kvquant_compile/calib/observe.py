@@ -146,10 +146,17 @@ def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Te
 def _constant_backbone(backbone: nn.Module, last: Tensor) -> Iterator[None]:
     """The backbone answers with ``last``: the model's head then does what is its own to do
     (scaling, soft-capping, its projection)."""
-    from transformers.modeling_outputs import MoeModelOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class LastHidden(BaseModelOutputWithPast):
+        """Whatever else a head reads of a backbone's output is None."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
 
     before = backbone.__dict__.get("forward")
-    backbone.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=last)
+    backbone.forward = lambda *args, **kwargs: LastHidden(last_hidden_state=last)
     try:
         yield
     finally:

@@ -40,6 +40,7 @@ class Installed:
         attend_quantized: every query reads every token, its own included, from the packed
             cache, also where ``use_cache`` is off. Honest evaluation needs it.
         warned: reasons already warned about.
+        quiet: no warnings, while the library itself runs the original.
         before: instance attributes that the installed ones replace (a hook's own forward).
     """
 
@@ -50,6 +51,7 @@ class Installed:
     report: Any
     attend_quantized: bool = False
     warned: set[str] = field(default_factory=set)
+    quiet: bool = False
     before: dict[str, Any] = field(default_factory=dict)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -67,7 +69,7 @@ class Installed:
 
     def warn_once(self, reason: str) -> None:
         """One warning per reason and model."""
-        if reason not in self.warned:
+        if reason not in self.warned and not self.quiet:
             self.warned.add(reason)
             warnings.warn(f"kvquant_compile: {reason}", stacklevel=4)
 

@@ -105,10 +105,16 @@ def _inputs(
 def _original(
     captured: Captured, ids: Tensor, mask: Tensor | None, positions: Tensor, past: Any
 ) -> tuple[Tensor, Any]:
-    """The original's output and its grown cache."""
+    """The original's output and its grown cache.
+
+    A functional decoder is asked for everything so far at once: some handle several tokens after
+    a past wrongly (``is_causal=True`` counts keys from the first), and capture went by their
+    prefill.
+    """
     model: Any = captured.model
     if captured.convention == "functional":
-        return model(ids, past)
+        everything = ids if past is None else torch.cat([past, ids], 1)
+        return model(everything, None)[0][:, -ids.shape[1] :], everything
     if past is None:
         from transformers import DynamicCache
 
