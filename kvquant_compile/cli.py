@@ -47,7 +47,7 @@ def demo(
     dtype: DtypeOption = "float32",
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 60,
     window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 2048,
-    limit: Annotated[int, typer.Option(help="Evaluation windows.")] = 8,
+    limit: Annotated[int, typer.Option(help="Evaluation windows.")] = 4,
 ) -> None:
     """Optimise a small model at several widths and show what that costs and saves."""
     from kvquant_compile.demo import run_demo

@@ -101,7 +101,7 @@ def pack_words(nibbles: Tensor, bits: int) -> Tensor:
     words = []
     for half, width in zip(halves, widths, strict=True):
         data = half[..., 0::2] | half[..., 1::2] << 4
-        data = _lanes_first(data, sections)  # [..., section, lane, selectors, 4 bytes]
+        data = lanes_first(data, sections)  # [..., section, lane, selectors, 4 bytes]
         data = data.reshape(*data.shape[:-2], -1, GROUP, 4)
         words.append(_pack_group(data, width))
     out = torch.cat(words, -2)  # [..., section, lane, groups, bits, 4]
@@ -113,25 +113,26 @@ def unpack_words(data: Tensor, bits: int, selectors: int) -> Tensor:
     lead = data.shape[:-1]
     sections = CHUNKS if selectors % GROUP == 0 else 1
     per_lane = CHUNKS * selectors // sections * bits // 4
-    width = _vector_width(per_lane)
+    width = vector_width(per_lane)
     x = data.reshape(*lead, sections, per_lane // width, LANES, width, 4)
     x = x.transpose(-4, -3).reshape(*lead, sections, LANES, per_lane // bits, bits, 4)
-    low = _unpack_group(x[..., : min(bits, 4), :], min(bits, 4))
+    low = torch.stack(unpack_group(x[..., : min(bits, 4), :], min(bits, 4)), -2)
     nibbles = _split_nibbles(low)
     if bits > 4:
-        nibbles = nibbles | _split_nibbles(_unpack_group(x[..., 4:, :], bits - 4)) << 4
+        high = torch.stack(unpack_group(x[..., 4:, :], bits - 4), -2)
+        nibbles = nibbles | _split_nibbles(high) << 4
     nibbles = nibbles.reshape(*lead, sections, LANES, CHUNKS // sections, selectors, 8)
     return nibbles.transpose(-4, -3).reshape(*lead, CHUNKS, LANES, selectors, 8)
 
 
-def _lanes_first(data: Tensor, sections: int) -> Tensor:
+def lanes_first(data: Tensor, sections: int) -> Tensor:
     """[..., 2, 32, n, 4] -> [..., section, 32, selectors of the section, 4]."""
     lead, n = data.shape[:-4], data.shape[-2]
     x = data.reshape(*lead, sections, CHUNKS // sections, LANES, n, 4).transpose(-4, -3)
     return x.reshape(*lead, sections, LANES, CHUNKS // sections * n, 4)
 
 
-def _vector_width(words: int) -> int:
+def vector_width(words: int) -> int:
     """Words of the widest load (16, 8 or 4 bytes) that divides a lane's words."""
     return next(width for width in (4, 2, 1) if words % width == 0)
 
@@ -139,7 +140,7 @@ def _vector_width(words: int) -> int:
 def _interleave(words: Tensor) -> Tensor:
     """Per-lane words [..., 32, W, 4] -> [..., W / width, 32, width, 4], one load a row."""
     count = words.shape[-2]
-    width = _vector_width(count)
+    width = vector_width(count)
     x = words.reshape(*words.shape[:-2], count // width, width, 4)
     return x.transpose(-4, -3)
 
@@ -161,19 +162,17 @@ def _pack_group(sel: Tensor, bits: int) -> Tensor:
     return torch.stack(words, -2)
 
 
-def _unpack_group(words: Tensor, bits: int) -> Tensor:
-    """Inverse of :func:`_pack_group`: [..., bits, 4 bytes] -> [..., 4, 4 bytes]."""
+def unpack_group(words: Tensor, bits: int, axis: int = -2) -> list[Tensor]:
+    """The four selectors whose codes share ``bits`` words along ``axis``; inverse of packing."""
+    w = words.unbind(axis)
     if bits == 4:
-        return words
-    w = words.unbind(-2)
+        return list(w)
     if bits == 3:
         fourth = (w[0] >> 3 & 0x11) | (w[1] >> 2 & 0x22) | (w[2] >> 1 & 0x44)
-        sel = [w[0] & 0x77, w[1] & 0x77, w[2] & 0x77, fourth]
-    elif bits == 2:
-        sel = [w[0] & 0x33, w[0] >> 2 & 0x33, w[1] & 0x33, w[1] >> 2 & 0x33]
-    else:
-        sel = [w[0] >> shift & 0x11 for shift in range(4)]
-    return torch.stack(sel, -2)
+        return [w[0] & 0x77, w[1] & 0x77, w[2] & 0x77, fourth]
+    if bits == 2:
+        return [w[0] & 0x33, w[0] >> 2 & 0x33, w[1] & 0x33, w[1] >> 2 & 0x33]
+    return [w[0] >> shift & 0x11 for shift in range(GROUP)]
 
 
 def _split_nibbles(data: Tensor) -> Tensor:

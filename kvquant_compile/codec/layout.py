@@ -177,7 +177,7 @@ def unpack_keys(layout: PageLayout, pages: Tensor) -> KeyCodes:
     words = layout.split(pages, "key_codes")
     nibbles = unpack_words(words, spec.key_bits, padded(dim) // 8)
     codes = key_from_fragments(nibbles).flatten(-2)
-    index, residual = _unpack_slots(layout, pages, "key", spec.key_slots, dim)
+    index, residual = unpack_slots(layout, pages, "key")
     scale = None
     if spec.key_token_scale:
         scale = _view(layout.split(pages, "key_token_scale"), torch.float16).flatten(-2)
@@ -190,7 +190,7 @@ def unpack_values(layout: PageLayout, pages: Tensor) -> ValueCodes:
     words = layout.split(pages, "value_codes")
     nibbles = unpack_words(words, spec.value_bits, padded(dim) // 8)
     codes = value_from_fragments(nibbles)[..., :dim]
-    index, residual = _unpack_slots(layout, pages, "value", spec.value_slots, dim)
+    index, residual = unpack_slots(layout, pages, "value")
     scale_zero = _view(layout.split(pages, "value_scale_zero"), torch.float16)
     scale, zero = scale_zero.unflatten(-1, (PAGE_TOKENS, 2)).flatten(-3, -2).unbind(-1)
     return ValueCodes(codes.flatten(-3, -2), scale, zero, index, residual)
@@ -242,11 +242,13 @@ def _pack_slots(index: Tensor, residual: Tensor) -> list[Tensor]:
     return [_bytes(_paged(x).transpose(-1, -2)) for x in (index, residual)]
 
 
-def _unpack_slots(
-    layout: PageLayout, pages: Tensor, kind: str, slots: int, dim: int
-) -> tuple[Tensor, Tensor]:
+def unpack_slots(layout: PageLayout, pages: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Slot channels and float16 residuals [B, H, N, m] of "key" or "value"."""
+    keys = kind == "key"
+    slots = layout.spec.key_slots if keys else layout.spec.value_slots
+    wide = index_dtype(layout.key_dim if keys else layout.value_dim)
     out = []
-    for name, dtype in (("index", index_dtype(dim)), ("residual", torch.float16)):
+    for name, dtype in (("index", wide), ("residual", torch.float16)):
         flat = _view(layout.split(pages, f"{kind}_slot_{name}"), dtype)
         out.append(flat.unflatten(-1, (slots, PAGE_TOKENS)).transpose(-1, -2).flatten(-3, -2))
     return out[0], out[1]

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant_compile.codec.keys import dequantise_keys
-from kvquant_compile.codec.layout import PageLayout, unpack_keys, unpack_raw, unpack_values
+from kvquant_compile.codec.layout import PageLayout, unpack_raw
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
-from kvquant_compile.codec.values import dequantise_values
 from kvquant_compile.lowering.constants import reorder
 from kvquant_compile.lowering.pages import gather_pages
+from kvquant_compile.lowering.read import read_keys, read_values
 from kvquant_compile.lowering.softmax import OnlineSoftmax
 from kvquant_compile.lowering.torch_internals import causal_flash
 
@@ -122,8 +121,7 @@ def read_block(cache: CacheView, page: int, end: int, dtype: torch.dtype) -> tup
         keys, values = (x.float() for x in unpack_raw(layout, raw, dtype))
     else:
         tables = LayerTables(*cache.tables)
-        keys = dequantise_keys(unpack_keys(layout, raw), tables, layout.spec)
-        values = dequantise_values(unpack_values(layout, raw), tables, layout.spec)
+        keys, values = read_keys(layout, raw, tables), read_values(layout, raw, tables)
     exact = cache.sinks.shape[2] if page == 0 else 0
     if exact:
         width = keys.shape[-1]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant_compile.codec.layout import lossless_spec
-from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.codec.keys import dequantise_keys
+from kvquant_compile.codec.layout import lossless_spec, unpack_keys, unpack_values
+from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.codec.values import dequantise_values
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants, lower_layer
+from kvquant_compile.lowering.pages import gather_pages
+from kvquant_compile.lowering.read import read_keys, read_values
 from kvquant_compile.plan import AttendPlan, LayerPlan, RopeSpec
 from kvquant_compile.runtime.cache import QuantizedCache
 from tests.lowering import reference as ref
@@ -198,3 +202,18 @@ def test_opcheck() -> None:
         ops.attend, (q, k, k, step.slots, step.history, cache.table, cache.positions, layer.slabs,
                      layer.sinks, tables, geometry, None, 0.2, 0.0, 0, True, text),
         test_utils=tests)  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("dim", [16, 48, 80, 128])
+def test_direct_reading_gives_the_codecs_own_bits(bits: int, dim: int) -> None:
+    spec = CodecSpec(bits, bits, 2, 1, True, 0)
+    harness = Harness(make_plan(dim, None), spec, batch=2)
+    harness.step(150, exact=True)
+    layer, layout = harness.cache.pages[0], harness.constants.layout
+    raw = gather_pages(layer.slabs, harness.cache.table.long())
+    tables = LayerTables(*harness.constants.tables)
+    keys = dequantise_keys(unpack_keys(layout, raw), tables, spec)
+    values = dequantise_values(unpack_values(layout, raw), tables, spec)
+    assert torch.equal(read_keys(layout, raw, tables), keys)
+    assert torch.equal(read_values(layout, raw, tables), values)
