@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvquant_compile.config import FormatOptions
 from kvquant_compile.errors import KVQuantError, OptionError
 
 app = typer.Typer(
@@ -168,11 +169,14 @@ def selftest(model: ModelOption, dtype: DtypeOption = "float32") -> None:
 
 def _widths(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        widths = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise OptionError(
             f"--bits {text}", why="it is no list of whole numbers", do="Pass --bits 4,3,2."
         ) from error
+    for width in widths:
+        FormatOptions(width)
+    return widths
 
 
 def load_model(name: str, dtype: str) -> tuple[Any, Any]:

@@ -38,8 +38,12 @@ def text_windows(text: str, tokenizer: Any, tokens: int, limit: int | None = Non
         int64 [1, tokens] each.
 
     Raises:
-        OptionError: the text is shorter than one window.
+        OptionError: the text is shorter than one window, or the limit is below 1.
     """
+    if limit is not None and limit < 1:
+        raise OptionError(
+            f"a limit of {limit} windows", why="nothing would be scored", do="Pass 1 or more."
+        )
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     count = ids.numel() // tokens
     if tokens < 2 or count == 0:
