@@ -36,6 +36,9 @@ class RawCodes:
     values: Tensor
 
 
+# Coding takes about twenty float32 temporaries; chunks keep them small, and in the caches.
+CHUNK_TOKENS = 1024
+
 Codes = tuple[KeyCodes, ValueCodes] | tuple[RawCodes]
 
 
@@ -77,10 +80,28 @@ def append(
         key: [B, H, S, key_dim] before RoPE, any float dtype.
         value: [B, H, S, value_dim].
     """
+    layout = PageLayout.parse(format)
+    for start in range(0, slots.shape[1], CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        ordered = reorder(key[:, :, part], geometry[0])
+        _append_chunk(
+            layout, ordered, value[:, :, part], slots[:, part], table, pages, sinks, tables
+        )
+
+
+def _append_chunk(
+    layout: PageLayout,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    pages: list[Tensor],
+    sinks: Tensor,
+    tables: list[Tensor],
+) -> None:
+    """Store some consecutive tokens of the step, keys in pair order."""
     if not bool((slots >= 0).any()):
         return
-    layout = PageLayout.parse(format)
-    key = reorder(key, geometry[0])
     span = _span(slots)
     new = _encode(layout, key, value, tables)
     ids = table.gather(1, _page_columns(span, table.shape[1])).long()
