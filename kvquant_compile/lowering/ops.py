@@ -21,6 +21,7 @@ from torch import Tensor
 from kvquant_compile.errors import OptionError
 from kvquant_compile.lowering import append as _append
 from kvquant_compile.lowering import attend as _attend
+from kvquant_compile.lowering.triton import dispatch as _dispatch
 
 _LIBRARY = torch.library.Library("kvquant", "DEF")
 
@@ -48,7 +49,8 @@ def _append_impl(
     format: str,
 ) -> None:
     with torch.no_grad():  # the cache must not drag the step's autograd graph along
-        _append.append(key, value, slots, table, pages, sinks, tables, geometry, format)
+        run = _dispatch.append if _dispatch.use_kernels(key, format) else _append.append
+        run(key, value, slots, table, pages, sinks, tables, geometry, format)
 
 
 def _attend_impl(
@@ -72,7 +74,8 @@ def _attend_impl(
 ) -> tuple[Tensor, Tensor]:
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
     site = _attend.Site(scale, softcap, window, sink_logits)
-    return _attend.attend(query, key, value, slots, history, cache, site, exact_chunk)
+    run = _dispatch.attend if _dispatch.use_kernels(query, format) else _attend.attend
+    return run(query, key, value, slots, history, cache, site, exact_chunk)
 
 
 def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -85,7 +88,6 @@ _LIBRARY.impl("append", _append_impl, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("kvquant::append", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("kvquant::attend", _attend_fake, lib=_LIBRARY)
-
 
 
 def _no_gradient(ctx: object, *gradients: Tensor) -> None:

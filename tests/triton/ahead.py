@@ -1,0 +1,57 @@
+"""Compiles one kernel for a target without a device and prints what came out.
+
+Arguments: target (``cuda:90``, ``hip:gfx942``), bits, head size.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.lowering.triton.module import history_kernel
+from kvquant_compile.lowering.triton.spec import KernelSpec
+
+POINTERS = {
+    "query": "*fp16", "query_order": "*i32", "slots": "*i32", "history": "*i32", "table": "*i32",
+    "positions": "*i32", "addresses": "*i64", "key_words": "*i32", "offset_words": "*i32",
+    "key_bytes": "*u8", "value_bytes": "*u8", "turns": "*i64", "rope_scale": "*fp32",
+    "key_factor": "*fp32", "gain": "*fp32", "offset": "*fp32", "partial": "*fp32",
+    "partial_lse": "*fp32", "scale": "fp32", "softcap": "fp32",
+}  # fmt: skip
+
+
+def compile_history(spec: KernelSpec, target: GPUTarget, **options: Any) -> Any:
+    """Triton's compiled object of a spec's kernel."""
+    kernel = history_kernel(spec)
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name.isupper() else POINTERS.get(name, "i32")
+        if signature[name].startswith("*") or name == "page_bytes":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    constants = {"EXACT": True, "SINKS": 1, "STEPS_POW2": 1, "NATIVE": target.backend == "cuda"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": spec.warps, "num_stages": 1} | options
+    return triton.compile(source, target=target, options=options)
+
+
+def main(target: str, bits: str, dim: str) -> None:
+    """Compile and report."""
+    backend, arch = target.split(":")
+    gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
+    width, size = int(bits), int(dim)
+    layout = PageLayout(CodecSpec(width, width, 1, 1, True, 1), 8, size, size, 2)
+    compiled = compile_history(KernelSpec(layout, size // 16, 8, False, False, False), gpu)
+    text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
+    products = text.count("mma.sync") if backend == "cuda" else text.count("mfma")
+    print(f"{target}: shared {compiled.metadata.shared} B, matrix products {products}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

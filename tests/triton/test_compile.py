@@ -1,0 +1,57 @@
+"""Ahead-of-time compilation without a GPU, and the generated text itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.lowering.triton.compat import unavailable
+from kvquant_compile.lowering.triton.history import history_source
+from kvquant_compile.lowering.triton.spec import KernelSpec, unsupported
+
+GOLDEN = Path(__file__).with_name("golden_k3v3_d16.py.txt")
+SMALL = KernelSpec(
+    PageLayout(CodecSpec(3, 3, 1, 1, True, 1), 2, 16, 16, 2), 1, 8, False, False, False
+)
+compiles = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")
+
+
+def test_source_is_the_reviewed_text() -> None:
+    if os.environ.get("KVQUANT_UPDATE_GOLDEN"):
+        GOLDEN.write_text(history_source(SMALL))
+    assert history_source(SMALL) == GOLDEN.read_text(), (
+        "the generated kernel changed; look at the difference, then run with KVQUANT_UPDATE_GOLDEN=1"
+    )
+
+
+def test_equal_specs_share_a_name() -> None:
+    wide = KernelSpec(SMALL.layout, 1, 16, False, False, False)
+    assert wide.name != SMALL.name
+    assert KernelSpec(**vars(SMALL)).name == SMALL.name
+
+
+def test_formats_that_are_not_generated_say_why() -> None:
+    big = PageLayout(CodecSpec(3, 3), 1, 512, 512, 2)
+    assert "512" in unsupported(big)
+    assert unsupported(SMALL.layout) == ""
+
+
+@compiles
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_compiles_ahead_of_time(target: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.triton.ahead", target, "3", "32"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if target.startswith("cuda"):
+        found = re.search(r"matrix products (\d+)", done.stdout)
+        assert found is not None
+        assert int(found.group(1)) >= 8
