@@ -28,11 +28,10 @@ from kvquant_compile.calib.fit import fit_layer
 from kvquant_compile.calib.observe import Observed, observe
 from kvquant_compile.calib.settings import FitSettings
 from kvquant_compile.capture import Captured, capture
-from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table, render
 from kvquant_compile.evaluate.text import read_text, text_windows
-from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.runtime.program import Program, build_program
 
@@ -132,10 +131,11 @@ class Bench:
 
     def program(self, variant: Variant, bits: int) -> Program:
         layers = self.layers if variant.pre_rope else self.post
-        seen, spec, constants = self.observed(variant.pre_rope), variant.spec(bits), {}
+        seen, spec = self.observed(variant.pre_rope), variant.spec(bits)
+        tables: dict[int, LayerTables] = {}
         for layer in layers:
             x = seen[layer.plan.index]
-            tables = fit_layer(
+            tables[layer.plan.index] = fit_layer(
                 x.keys,
                 x.values,
                 x.key_gradients,
@@ -144,10 +144,7 @@ class Bench:
                 variant.fit,
                 ignore=x.places < spec.sink_tokens,
             )
-            constants[layer.plan.index] = lower_layer(
-                layer.plan, spec, tables, self.captured.dtype, self.captured.device
-            )
-        return build_program(self.captured, layers, constants)
+        return build_program(self.captured, layers, dict.fromkeys(tables, spec), tables)
 
 
 def table(

@@ -17,7 +17,6 @@ from kvquant_compile.capture.cleanup import evaluation_mode
 from kvquant_compile.config import Bits, FormatOptions
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
 from kvquant_compile.inspect.report import Report, build_report
-from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.runtime.cache import QuantizedCache
@@ -37,11 +36,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def optimize(
     model: Model,
-    bits: Bits | Mapping[int, Bits] = 3,
+    bits: Bits | Mapping[int, Bits] | None = None,
     *,
     calibration: Any = None,
     tokenizer: Any = None,
-    slots: int = 1,
+    slots: int | None = None,
     sinks: int | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     strict: bool = True,
@@ -60,13 +59,14 @@ def optimize(
         model: a transformers causal LM, or an ``nn.Module`` with
             ``forward(ids, past) -> (logits, past)``.
         bits: width of keys and values, 1..8, or 16 for lossless storage; a pair
-            (key_bits, value_bits); or cache layer -> either.
+            (key_bits, value_bits); or cache layer -> either. None: 3, or the artifact's.
         calibration: None (the model samples its own text), texts with ``tokenizer``, token
             tensors, an iterable of these, or a saved artifact (object or ``*.safetensors``
             path).
         tokenizer: for texts.
-        slots: exact outlier slots of every (token, head), keys and values each.
-        sinks: leading tokens of every sequence kept exactly; None for the default.
+        slots: exact outlier slots of every (token, head), keys and values each; None: 1, or
+            the artifact's.
+        sinks: leading tokens of every sequence kept exactly; None: 1, or the artifact's.
         example_inputs: (ids, past) for modules that are not transformers'.
         strict: raise when a layer's keys must be stored after RoPE; else warn once.
         seed: of calibration; same seed, same tables.
@@ -85,7 +85,9 @@ def optimize(
     _refuse_optimised(model)
     given = _given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
-    form = FormatOptions(bits, slots, options.default_sinks if sinks is None else sinks)
+    form = FormatOptions.make(bits, slots, sinks)
+    if given is not None and (bits, slots, sinks) != (None, None, None):
+        _check_asked(form, given)
     # Gradients are needed in calibration, whatever mode the caller is in.
     with torch.inference_mode(False), evaluation_mode(model), Progress(progress) as bar:
         bar.stage("capture")
@@ -100,17 +102,7 @@ def optimize(
             given = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
         specs, tables = given.for_model(captured, layers)
         bar.stage("rewrite")
-        constants = {
-            layer.plan.index: lower_layer(
-                layer.plan,
-                specs[layer.plan.index],
-                tables[layer.plan.index],
-                captured.dtype,
-                captured.device,
-            )
-            for layer in layers
-        }
-        program = build_program(captured, layers, constants)
+        program = build_program(captured, layers, specs, tables)
     report = build_report(captured, layers, program, errors, given)
     state = Installed(program, captured, layers, given, report, attend_quantized)
     install(model, state, output_type(captured))
@@ -202,6 +194,16 @@ def _given_artifact(calibration: Any) -> Artifact | None:
     if isinstance(calibration, Path) or is_file:
         return Artifact.load(calibration)
     return None
+
+
+def _check_asked(form: FormatOptions, artifact: Artifact) -> None:
+    """An artifact has its format; asking for another beside it must not be ignored."""
+    if form.specs(list(artifact.specs)) != artifact.specs:
+        raise OptionError(
+            "the artifact has another format than was asked for",
+            why="its tables were fitted for its own bits, slots and sinks",
+            do="Leave bits, slots and sinks out to use the artifact's, or calibrate anew.",
+        )
 
 
 def _check_refusals(layers: Sequence[MatchedLayer], strict: bool) -> None:

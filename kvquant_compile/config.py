@@ -40,6 +40,14 @@ class FormatOptions:
         for value in values:
             _pair(value)
 
+    @staticmethod
+    def make(
+        bits: Bits | Mapping[int, Bits] | None, slots: int | None, sinks: int | None
+    ) -> FormatOptions:
+        """Options from what the user gave; None takes the default."""
+        asked = {"bits": bits, "slots": slots, "sinks": sinks}
+        return FormatOptions(**{k: v for k, v in asked.items() if v is not None})  # type: ignore[arg-type]
+
     def specs(self, indices: Sequence[int]) -> dict[int, CodecSpec]:
         """The format of every cache layer.
 

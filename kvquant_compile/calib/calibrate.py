@@ -27,14 +27,12 @@ class CalibrationOptions:
     Attributes:
         windows: number, size and choice of windows.
         fit: ingredients of the fit.
-        default_sinks: exact leading tokens unless the user says otherwise.
         sampled: windows when the model has to sample them itself (sampling costs a decode step
             per token, so they are shorter).
     """
 
     windows: WindowSettings = field(default_factory=WindowSettings)
     fit: FitSettings = field(default_factory=FitSettings)
-    default_sinks: int = 1
     sampled: WindowSettings = field(default_factory=lambda: WindowSettings(32, 512))
 
     @staticmethod
@@ -66,7 +64,7 @@ class CalibrationOptions:
         given = WindowSettings(windows or base.windows.windows, base.windows.tokens, seed)
         sampled = WindowSettings(windows or base.sampled.windows, base.sampled.tokens, seed)
         fit = FitSettings(sensitivity=sensitivity == "fisher")
-        return CalibrationOptions(given, fit, base.default_sinks, sampled)
+        return CalibrationOptions(given, fit, sampled)
 
 
 def _is_whole(value: Any) -> bool:

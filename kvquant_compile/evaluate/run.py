@@ -15,7 +15,6 @@ from kvquant_compile.calib.observe import Observed
 from kvquant_compile.capture import Captured, capture
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table
-from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.runtime.program import Program, build_program
@@ -62,17 +61,7 @@ def build(prepared: Prepared, form: FormatOptions, options: CalibrationOptions) 
         prepared.captured, prepared.layers, specs, prepared.observed, options, prepared.source
     )
     specs, tables = artifact.for_model(prepared.captured, prepared.layers)
-    constants = {
-        layer.plan.index: lower_layer(
-            layer.plan,
-            specs[layer.plan.index],
-            tables[layer.plan.index],
-            prepared.captured.dtype,
-            prepared.captured.device,
-        )
-        for layer in prepared.layers
-    }
-    return build_program(prepared.captured, prepared.layers, constants)
+    return build_program(prepared.captured, prepared.layers, specs, tables)
 
 
 def evaluate_widths(
@@ -87,7 +76,7 @@ def evaluate_widths(
     programs: dict[str, tuple[int, Program]] = {}
     for b in bar.each("fit tables", list(bits), len(bits)):
         start = time.perf_counter()
-        form = FormatOptions(b, sinks=options.default_sinks)
+        form = FormatOptions(b)
         programs[f"ours, {b} bits"] = (b, build(prepared, form, options))
         prepared.seconds[f"fit {b} bits"] = time.perf_counter() - start
     codecs = baseline_codecs(bits, prepared.observed) if baselines else {}

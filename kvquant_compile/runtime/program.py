@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.layout import PageLayout
-from kvquant_compile.lowering.constants import LayerConstants
+from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
 from kvquant_compile.runtime.cache import QuantizedCache, Step
@@ -82,14 +83,21 @@ class Program:
 def build_program(
     captured: Captured,
     layers: Sequence[MatchedLayer],
-    constants: Mapping[int, LayerConstants],
+    specs: Mapping[int, CodecSpec],
+    tables: Mapping[int, LayerTables | None],
 ) -> Program:
-    """Rewrite a captured model with the given constants."""
+    """Rewrite a captured model; formats and tables by cache index, None for lossless layers."""
+    device, dtype = captured.device, captured.dtype
+    constants = {
+        index: lower_layer(layer.plan, specs[index], tables[index], dtype, device)
+        for layer in layers
+        for index in [layer.plan.index]
+    }
     indices = tuple(layer.plan.index for layer in layers)
     return Program(
         rewrite(captured.graph_module, layers, constants),
         tuple(constants[i].layout for i in indices),
         indices,
-        captured.device,
-        captured.dtype,
+        device,
+        dtype,
     )

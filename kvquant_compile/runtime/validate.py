@@ -16,7 +16,6 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.hf_hooks import attention_by
 from kvquant_compile.codec.layout import lossless_spec
 from kvquant_compile.errors import ValidationError
-from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.program import Program, build_program
 
@@ -26,13 +25,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torc
 
 def lossless_program(captured: Captured, layers: Sequence[MatchedLayer]) -> Program:
     """The rewritten model whose pages hold raw keys and values."""
-    constants = {
-        layer.plan.index: lower_layer(
-            layer.plan, lossless_spec(), None, captured.dtype, captured.device
-        )
-        for layer in layers
-    }
-    return build_program(captured, layers, constants)
+    indices = [layer.plan.index for layer in layers]
+    specs, tables = dict.fromkeys(indices, lossless_spec()), dict.fromkeys(indices)
+    return build_program(captured, layers, specs, tables)
 
 
 def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dict[str, float]:

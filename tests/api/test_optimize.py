@@ -351,3 +351,16 @@ def test_new_cache_is_empty_and_usable(three: PreTrainedModel) -> None:
         got = three(IDS, past_key_values=cache).logits
     assert torch.equal(got, logits(three))
     assert cache.get_seq_length() == IDS.shape[1]
+
+
+@pytest.mark.parametrize("asked", [{"bits": 4}, {"slots": 2}, {"sinks": 3}], ids=str)
+def test_asking_for_another_format_than_the_artifacts_is_refused(asked: dict[str, int]) -> None:
+    tables = kvquant_compile.artifact(
+        kvquant_compile.optimize(tiny("llama"), bits=3, calibration=TEXT)
+    )
+    with pytest.raises(kvquant_compile.OptionError, match="another format"):
+        kvquant_compile.optimize(tiny("llama"), calibration=tables, **asked)
+    model = kvquant_compile.optimize(tiny("llama"), calibration=tables)
+    assert kvquant_compile.artifact(model).specs == tables.specs
+    agreed = kvquant_compile.optimize(tiny("llama"), bits=3, slots=1, calibration=tables)
+    assert kvquant_compile.artifact(agreed).specs == tables.specs
