@@ -6,7 +6,11 @@ Arguments: target (``cuda:90``, ``hip:gfx942``), bits, head size.
 # mypy: ignore-errors
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -51,6 +55,23 @@ def main(target: str, bits: str, dim: str) -> None:
     text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
     products = text.count("mma.sync") if backend == "cuda" else text.count("mfma")
     print(f"{target}: shared {compiled.metadata.shared} B, matrix products {products}")
+    if backend == "cuda":
+        print(f"matrix moves {text.count('ldmatrix') + text.count('stmatrix')}")
+        print(f"spilled bytes {spilled_bytes(text, arch)}")
+
+
+def spilled_bytes(ptx: str, arch: str) -> int:
+    """Bytes that ptxas spills with all registers allowed."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool /= "ptxas-blackwell" if int(arch) >= 100 else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        suffix = "a" if int(arch) >= 90 else ""
+        command = [str(tool), "-v", f"--gpu-name=sm_{arch}{suffix}", str(source), "-o",
+                   str(Path(folder) / "kernel.cubin")]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ FORMATS = {
     "k4v2 four slots": replace(BASE, spec=CodecSpec(4, 2, 4, 4, False, 2), rep=1),
     "k8v3": replace(BASE, spec=CodecSpec(8, 3, 0, 2, True, 0)),
     "k5v8": replace(BASE, spec=CodecSpec(5, 8, 1, 0, False, 0)),
-    "d80": replace(BASE, dims=(80, 80), rope=half_rope(80, 80), spec=CodecSpec(3, 3, 1, 1, True, 1)),
+    "d80": replace(
+        BASE, dims=(80, 80), rope=half_rope(80, 80), spec=CodecSpec(3, 3, 1, 1, True, 1)
+    ),
     "d96x32 partial": replace(BASE, dims=(96, 32), rope=half_rope(96, 24)),
     "d40 padded": replace(BASE, dims=(40, 24), rope=half_rope(40, 40)),
     "interleaved scaled": replace(BASE, rope=interleaved_rope(32)),
@@ -90,7 +92,8 @@ APPENDS = {
 
 def check_append(name: str, spec: CodecSpec, dims: tuple[int, int], device: torch.device) -> bool:
     """Append in uneven steps with padding, by the kernel and in torch: the same bytes."""
-    case = replace(BASE, spec=spec, dims=dims, rope=half_rope(dims[0], dims[0]), device=device, heads=1,
+    case = replace(BASE, spec=spec, dims=dims, rope=half_rope(dims[0], dims[0]), device=device,
+                   heads=1,
                    lengths=(140, 100), slabs=1)  # fmt: skip
     built = case.build()
     cache, began, same = built.cache, time.perf_counter(), True

@@ -77,11 +77,11 @@ class CodeWords:
         """Loads of all words of the page whose word pointers are ``base`` [W]."""
         for name, first, apart in self.vectors():
             if apart:
-                step = f"{32 * self.per_lane} * two[:, None, None, None]"
-                out(f"{name} = tl.load({base}[None, :, None, None] + {first} + {step}"
-                    f" + lane_x{self.width}[None])")  # fmt: skip
+                step = f"{32 * self.per_lane} * two[:, None, None]"
+                pointers = f"{base}[None, :, None] + {first} + {step} + flat{self.width}"
+                out(f"{name} = {load_rows(pointers, 32 * self.width)}")
             else:
-                out(f"{name} = tl.load({base}[:, None, None] + {first} + lane_x{self.width})")
+                out(f"{name} = tl.load({base}[:, None] + {first} + flat{self.width}[None, :])")
 
     def split(self, out: Source) -> None:
         """Vectors into one variable a word: [W, 32, 2] (chunk last) or [W, 32]."""
@@ -92,7 +92,7 @@ class CodeWords:
                 vector, lead = f"per_chunk({vector}, W, {self.width})", "[W, 32, 2]"
             value = {
                 4: f"split4({vector}, {lead})",
-                2: f"{vector}.split()",
+                2: f"{vector}.reshape({lead} + [2]).split()",
                 1: f"{vector}.reshape({lead})",
             }
             out(f"{', '.join(words)} = {value[self.width]}")
@@ -128,6 +128,15 @@ class CodeWords:
 
     def _name(self, index: int) -> str:
         return f"{self.prefix}s{index}"
+
+
+def load_rows(pointers: str, width: int) -> str:
+    """A load [n, W, width] of contiguous rows, one a warp.
+
+    The hint only breaks a tie: Triton 3.6 would otherwise spread warps over the front. It is
+    lost when a device function makes it.
+    """
+    return f"tl.load(tl.max_contiguous({pointers}, [1, 2, {width}]))"
 
 
 def _unpack(out: Source, names: list[str], words: list[str], bits: int) -> None:

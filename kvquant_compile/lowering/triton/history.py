@@ -66,6 +66,7 @@ def _write_body(out: Source, spec: KernelSpec) -> None:
         out("page = first + warp1", "ahead = tl.minimum(page, last)")
         _write_address(out, "upcoming")
         keys.words.load(out, "upcoming")
+        _write_positions(out)
         with out.block("for start in tl.range(first, end, W, num_stages=1):"):
             _write_iteration(out, spec, keys, values)
         if spec.rotated:
@@ -90,11 +91,10 @@ def _write_range(out: Source, spec: KernelSpec) -> None:
         "warp1 = tl.arange(0, W)",
         "zero2 = tl.zeros([W, 32], tl.int32)",
         "two = tl.arange(0, 2)",
-        "four = tl.arange(0, 4)",
         "eight = tl.arange(0, 8)",
-        "lane_x4 = lane[:, :, None] * 4 + four[None, None, :]",
-        "lane_x2 = lane[:, :, None] * 2 + two[None, None, :]",
-        "lane_x1 = lane[:, :, None]",
+        "flat4 = tl.arange(0, 128)",
+        "flat2 = tl.arange(0, 64)",
+        "flat1 = tl.arange(0, 32)",
         "g = lane // 4",
         "t = lane % 4",
         "m16 = tl.arange(0, 16)",
@@ -142,11 +142,22 @@ def _write_iteration(out: Source, spec: KernelSpec, keys: KeyEmitter, values: Va
     values.words.load(out, "here")
     out("ahead = tl.minimum(page + W, last)")
     _write_address(out, "upcoming")
+    values.load_tokens(out)
     _write_seen(out, spec)
+    _write_positions(out)
     keys.scores(out)
     keys.words.load(out, "upcoming")
     _write_softmax(out, spec)
     values.accumulate(out)
+
+
+def _write_positions(out: Source) -> None:
+    """``upcoming_at`` [W, 64]: positions of the tokens of the pages ``ahead``."""
+    out(
+        "slots_ahead = ahead[:, None] * 64 + in_page[None, :]",
+        "upcoming_at = tl.load(positions + row * position_row + slots_ahead,"
+        " mask=slots_ahead < limit, other=-1)",
+    )
 
 
 def _write_seen(out: Source, spec: KernelSpec) -> None:
@@ -154,7 +165,7 @@ def _write_seen(out: Source, spec: KernelSpec) -> None:
     out(
         "slots_here = page[:, None] * 64 + in_page[None, :]",
         "live = (slots_here < limit) & (slots_here < end * 64) & (slots_here >= SINKS)",
-        "at = tl.load(positions + row * position_row + slots_here, mask=live, other=-1)",
+        "at = upcoming_at",
         "seen = live & (at >= 0)",
     )
     if not spec.rotated:
@@ -172,15 +183,16 @@ def _write_seen(out: Source, spec: KernelSpec) -> None:
 
 def _write_softmax(out: Source, spec: KernelSpec) -> None:
     """Scores to ``p`` [W, 64, N], with the running maximum ``peak`` [W, N]."""
-    out("", "# softmax", "x = score * unit[:, None, :]")
+    out("", "# softmax, in units of log 2", "x = score * unit[:, None, :]")
     out("slots_there = row_order(tl.where(seen, slots_here, FAR), W)")
     if spec.softcap:
         out("x = softcap - 2 * softcap / (tl.exp2(x / softcap * 2.885390081777927) + 1)")
+        out("x *= 1.4426950408889634")
     out("visible = slots_there[:, :, None] <= slot[None, None, :]")
     if spec.window:
         out("visible &= slots_there[:, :, None] > slot[None, None, :] - window")
     out(
-        "x = tl.where(visible, x * 1.4426950408889634, float('-inf'))",
+        "x = tl.where(visible, x, float('-inf'))",
         "high = tl.max(x, 1)",
         "grown = tl.maximum(peak, high)",
         "ground = tl.where(grown == float('-inf'), 0.0, grown)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.triton.emit import CodeWords, Source
+from kvquant_compile.lowering.triton.emit import CodeWords, Source, load_rows
 from kvquant_compile.lowering.triton.spec import KernelSpec
 
 
@@ -51,38 +51,40 @@ class KeyEmitter:
         for block in self._blocks:
             self._load_queries(out, block)
         peaks = [f"magnitude{b}" for b in self._blocks]
-        out("magnitude = " + (peaks[0] if len(peaks) == 1 else
-            f"tl.join({peaks[0]}, {peaks[1]}).permute([0, 2, 1]).reshape([W, N])"))  # fmt: skip
+        joined = f"tl.join({', '.join(peaks)}).permute([1, 0]).reshape([1, N])"
+        out("magnitude = " + (f"{peaks[0]}[None, :]" if len(peaks) == 1 else joined))
         out("enlarge = tl.load(key_factor + head)", "key_shrink = 1.0 / enlarge")
-        out("unit = magnitude * (scale * enlarge)")
+        log = "" if self.spec.softcap else " * 1.4426950408889634"
+        out(f"unit = magnitude * (scale * enlarge{log})")
         out("peak = tl.full([W, N], float('-inf'), tl.float32)")
         table_words(out, "k", "key", self.spec.layout.spec.key_bits)
 
     def _load_queries(self, out: Source, block: int) -> None:
-        """One load [2 members, octets, 2 halves, W, 32], rounded up to a power of two, and its
-        split into q_words."""
+        """One load [8 columns, channels in pair order], octets rounded up to a power of two, and
+        its split into words."""
         count = 1 << (self.octets - 1).bit_length()
         out(
-            f"q_parts = tl.arange(0, {4 * count})[:, None, None]",
-            f"q_octet = q_parts % {2 * count} // 2",
-            f"q_channel = q_parts // {2 * count} * {self.spec.pairs} + 8 * q_octet"
-            " + 2 * t[None] + q_parts % 2",
-            f"q_known = (q_octet < {self.octets}) & (tl.zeros([1, W, 32], tl.int32) == 0)",
+            f"q_element = tl.arange(0, {16 * count})[None, :]",
+            f"q_octet = q_element // 8 % {count}",
+            f"q_channel = q_element // {8 * count} * {self.spec.pairs} + 8 * q_octet"
+            " + q_element % 8",
+            f"q_known = q_octet < {self.octets}",
         )
         if self.spec.reorder:
             out("q_channel = tl.load(query_order + q_channel, mask=q_known, other=0)")
         out(
-            f"n = tile * N + {8 * block} + g[None]",
+            f"n = tile * N + {8 * block} + eight[:, None]",
             "q_rows = query + row * query_batch + (head * rep + n // steps) * query_head"
             " + (n % steps) * query_step",
-            f"q_known &= (n < rep * steps) & (q_channel < {self.spec.layout.key_dim})",
+            f"q_known = q_known & (q_channel < {self.spec.layout.key_dim}) & (n < rep * steps)",
             "q_loaded = tl.load(q_rows + q_channel, mask=q_known, other=0.0).to(tl.float32)",
-            f"magnitude{block} = tl.max(tl.max(tl.abs(q_loaded), 0).reshape([W, 8, 4]), 2)",
+            f"magnitude{block} = tl.max(tl.abs(q_loaded), 1)",
             f"magnitude{block} = tl.where(magnitude{block} > 0, magnitude{block}, 1.0)",
-            f"q_over = tl.broadcast_to(1.0 / magnitude{block}[:, :, None], [W, 8, 4])",
-            "q_loaded = q_loaded * q_over.reshape([1, W, 32])",
-            f"q_low, q_high = q_loaded.reshape([{2 * count}, 2, W, 32]).permute([0, 2, 3, 1]).split()",
-            "q_words = pack_halves(q_low, q_high)",
+            f"q_loaded = q_loaded / magnitude{block}[:, None]",
+            f"q_loaded = q_loaded.reshape([8, {2 * count}, 4, 2]).permute([1, 0, 2, 3])",
+            "q_low, q_high = q_loaded.split()",
+            f"q_words = pack_halves(q_low, q_high).reshape([{2 * count}, 1, 32])",
+            f"q_words = tl.broadcast_to(q_words, [{2 * count}, W, 32])",
         )
         _split_front(out, "q_words", [f"q{m}{o}_{block}" for m in "ab" for o in range(count)])
 
@@ -104,16 +106,15 @@ class KeyEmitter:
             out("origin = (base + page * 64).to(tl.int64)[:, None]")
         for first in range(0, rotated, 8):
             j = first // 8
-            out(f"octet = {first} + g + zero2", f"known = octet < {rotated}")
-            for half in range(2):
-                out(
-                    f"pair = octet * 8 + 2 * t + {half}",
-                    "turn = tl.load(turns + pair, mask=known, other=0)",
-                    "stretch = tl.load(rope_scale + pair, mask=known, other=1.0)",
-                    f"cos{half}, sin{half} = circle(((origin * turn) >> 32).to(tl.int32), NATIVE)",
-                    f"cos{half} *= stretch",
-                    f"sin{half} *= stretch",
-                )
+            out(
+                f"pair = {8 * first} + in_page[None, :] + warp1[:, None] * 0",
+                f"known = pair < {min(8 * rotated, self.spec.pairs)}",
+                "turn = tl.load(turns + pair, mask=known, other=0)",
+                "stretch = tl.load(rope_scale + pair, mask=known, other=1.0)",
+                "cos, sin = circle(((origin * turn) >> 32).to(tl.int32), NATIVE)",
+                "cos0, cos1 = (cos * stretch).reshape([W, 32, 2]).split()",
+                "sin0, sin1 = (sin * stretch).reshape([W, 32, 2]).split()",
+            )
             out(
                 f"cos_words{j} = pack_halves(cos0, cos1)", f"sin_words{j} = pack_halves(sin0, sin1)"
             )
@@ -121,12 +122,16 @@ class KeyEmitter:
             if octet < rotated:
                 which = f"{4 * (octet % 8)} + t + zero2"
                 out(
-                    f"cos = tl.gather(cos_words{octet // 8}, {which}, 1)",
-                    f"sin = tl.gather(sin_words{octet // 8}, {which}, 1)",
+                    f"cos_base = tl.gather(cos_words{octet // 8}, {which}, 1)",
+                    f"sin_base = tl.gather(sin_words{octet // 8}, {which}, 1)",
                 )
             for block in self._blocks:
                 a, b = (f"q{m}{octet}_{block}" for m in "ab")
-                turned = f"rotate2({b}, {a}, cos, sin, NATIVE)" if octet < rotated else f"{b}, {a}"
+                turned = (
+                    f"rotate2({b}, {a}, cos_base, sin_base, NATIVE)"
+                    if octet < rotated
+                    else f"{b}, {a}"
+                )
                 out(f"r{b[1:]}, r{a[1:]} = {turned}")
         for group in range(self.groups):
             self._right_operands(out, group)
@@ -145,31 +150,30 @@ class KeyEmitter:
     def _constants(self, out: Source, group: int) -> None:
         """Scale, centre and zero words of a group of pairs, [W, 32, 1, 1]."""
         count = 3 if self.spec.layout.spec.key_token_scale else 2
-        out(f"constants = key_words + head * {self.groups * count * 128} + opaque[:, None, None]")
+        out(f"constants = key_words + head * {self.groups * count * 128} + opaque[:, None]")
         for kind in range(count):
             first = (group * count + kind) * 128
             names = [f"c{kind}{m}{k}" for m in "ab" for k in range(2)]
-            out(f"{', '.join(names)} = split4(tl.load(constants + {first} + lane_x4), [W, 32])")
+            out(f"words = tl.load(constants + {first} + flat4[None, :])")
+            out(f"{', '.join(names)} = split4(words, [W, 32])")
             out(*(f"{name} = {name}[:, :, None, None]" for name in names))
 
     def _tokens(self, out: Source) -> None:
         """Token scales and slots of a lane's tokens, as doubled halves [W, 32, 4, 2]."""
         layout = self.spec.layout
-        rows = "four[:, None, None] // 2 * 16 + four[:, None, None] % 2 + 2 * g[None]"
-        words = "here[None, :, None]"
+        at = layout.offsets
         if layout.spec.key_token_scale:
-            first = layout.offsets["key_token_scale"][0] // 4
-            out(f"factor = pair_tokens(tl.load({words} + {first} + {rows}), W)")
+            first = at["key_token_scale"][0] // 4
+            out(f"factor = pair_tokens(tl.load(here[:, None] + {first} + lane), g, W)")
         for slot in range(layout.spec.key_slots):
-            first = layout.offsets["key_slot_residual"][0] // 4 + 32 * slot
-            at = (layout.offsets["key_slot_index"][0] + 64 * slot) // 4
+            first = at["key_slot_residual"][0] // 4 + 32 * slot
+            index = (at["key_slot_index"][0] + 64 * slot) // 4
             out(
-                f"rest = tl.load({words} + {first} + {rows})",
+                f"rest = tl.load(here[:, None] + {first} + lane)",
                 "rest_low = lower_half(rest).to(tl.float32) * key_shrink",
                 "rest_high = upper_half(rest).to(tl.float32) * key_shrink",
-                f"residual{slot} = pair_tokens(pack_halves(rest_low, rest_high), W)",
-                f"bytes4 = tl.load({words} + {at} + 8 * two[:, None, None] + g[None])",
-                "byte = tokens_of_word(bytes4.permute([1, 2, 0]), W)",
+                f"residual{slot} = pair_tokens(pack_halves(rest_low, rest_high), g, W)",
+                f"byte = key_tokens(tl.load(here[:, None] + {index} + lane % 16), g, W)",
                 "whereabouts = (byte - 2 * t[:, :, None, None]).to(tl.float32)",
                 f"channel{slot} = pack_halves(whereabouts, whereabouts - 1)",
             )
@@ -216,11 +220,11 @@ class KeyEmitter:
 
     def _rotate(self, out: Source, group: int) -> None:
         groups = -(-self.spec.rotated // 2)
-        tiles = f"(eight // 2 * {groups * 256} + eight % 2 * 128)[:, None, None, None]"
+        tiles = f"(eight // 2 * {groups * 256} + eight % 2 * 128)[:, None, None]"
         out(
-            f"turned = tl.load(offset_words + {group * 256} + {tiles} + lane_x4[None]"
-            " + opaque[None, :, None, None])",
-            "turned = turned.permute([1, 2, 0, 3]).reshape([W, 32, 4, 2, 4])",
+            "offset_table = (offset_words + opaque)[None, :, None]",
+            f"turned = {load_rows(f'offset_table + {group * 256} + {tiles} + flat4', 128)}",
+            "turned = turned.reshape([8, W, 32, 4]).permute([1, 2, 0, 3])",
             "cos0, cos1, sin0, sin1 = split4(turned, [W, 32, 4, 2])",
         )
         for k in range(len(self._octets_of(group))):

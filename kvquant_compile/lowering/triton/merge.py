@@ -18,6 +18,46 @@ def _capped(x, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
+def _absorb(peak, mass, total, x, values):
+    """Add tokens: scores ``x`` [n] in units of log 2 and values [n, V] to a running softmax."""
+    grown = tl.maximum(peak, tl.max(x, 0))
+    ground = tl.where(grown == float("-inf"), 0.0, grown)
+    weight = tl.exp2(x - ground)
+    decay = tl.exp2(peak - ground)
+    total = total * decay[:, None] + tl.sum(values * weight[:, None], 0)[None, :]
+    return grown, mass * decay + tl.sum(weight, 0), total
+
+
+@triton.jit
+def _sink_scores(
+    rows, base, place, pair, query_order, turns, rope_scale,
+    DIM: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, SINKS: tl.constexpr,
+    ORDER: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Products of one query with the exact leading tokens, rotated to their places."""
+    n = tl.arange(0, place.shape[0])
+    known = pair < PAIRS
+    inside = (n < SINKS)[:, None] & known[None, :]
+    at = base + n[:, None] * WIDTH + pair[None, :]
+    a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at + PAIRS, mask=inside, other=0.0).to(tl.float32)
+    ca, cb = pair, pair + PAIRS
+    if ORDER:
+        ca = tl.load(query_order + ca, mask=known, other=DIM)
+        cb = tl.load(query_order + cb, mask=known, other=DIM)
+    qa = tl.load(rows + ca, mask=known & (ca < DIM), other=0.0).to(tl.float32)
+    qb = tl.load(rows + cb, mask=known & (cb < DIM), other=0.0).to(tl.float32)
+    if ROPE:
+        turn = tl.load(turns + pair, mask=known, other=0)
+        stretch = tl.load(rope_scale + pair, mask=known, other=1.0)
+        angle = ((place.to(tl.int64)[:, None] * turn[None, :]) >> 32).to(tl.int32)
+        cos, sin = circle(angle, NATIVE)
+        cos, sin = cos * stretch[None, :], sin * stretch[None, :]
+        a, b = a * cos - b * sin, a * sin + b * cos
+    return tl.sum(a * qa[None, :] + b * qb[None, :], 1)
+
+
+@triton.jit
 def merge_kernel(
     partial, partial_lse, query, key, value, slots, positions, history, sinks, sink_logits,
     query_order, turns, rope_scale, own, own_lse, output, output_lse,
@@ -43,6 +83,7 @@ def merge_kernel(
     step = tl.program_id(1)
     slot = tl.load(slots + row * slot_row + step)
     v = tl.arange(0, VALUE_POW2)
+    wide = (v < VALUE_DIM)[None, :]
     rows = query + row * query_batch + query_id * query_head + step * query_step
     peak = tl.full([1], float("-inf"), tl.float32)
     mass = tl.zeros([1], tl.float32)
@@ -53,118 +94,61 @@ def merge_kernel(
     for first in range(0, splits, 16):
         part = first + tl.arange(0, 16)
         at = (tile * splits + part) * columns + column % columns
-        there = part < splits
-        lse = tl.load(partial_lse + at, mask=there, other=float("-inf"))
-        grown = tl.maximum(peak, tl.max(lse, 0))
-        ground = tl.where(grown == float("-inf"), 0.0, grown)
-        weight = tl.exp2(lse - ground)
-        decay = tl.exp2(peak - ground)
-        sums = tl.load(
-            partial + at[:, None] * VALUE_DIM + v[None, :],
-            mask=(weight > 0)[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        total = total * decay[:, None] + tl.sum(sums * weight[:, None], 0)[None, :]
-        mass = mass * decay + tl.sum(weight, 0)
-        peak = grown
+        lse = tl.load(partial_lse + at, mask=part < splits, other=float("-inf"))
+        there = (lse > float("-inf"))[:, None] & wide
+        sums = tl.load(partial + at[:, None] * VALUE_DIM + v[None, :], mask=there, other=0.0)
+        peak, mass, total = _absorb(peak, mass, total, lse, sums)
 
     if SINKS > 0:
         n = tl.arange(0, SINKS_POW2)
-        pair = tl.arange(0, PAIRS_POW2)
-        inside = (n < SINKS)[:, None] & (pair < PAIRS)[None, :]
         width: tl.constexpr = 2 * PAIRS + VALUE_DIM
         base = sinks + (row * heads + head).to(tl.int64) * SINKS * width
-        a = tl.load(base + n[:, None] * width + pair[None, :], mask=inside, other=0.0)
-        b = tl.load(base + n[:, None] * width + PAIRS + pair[None, :], mask=inside, other=0.0)
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        ca, cb = pair, pair + PAIRS
-        if ORDER:
-            ca = tl.load(query_order + ca, mask=pair < PAIRS, other=DIM)
-            cb = tl.load(query_order + cb, mask=pair < PAIRS, other=DIM)
-        in_a, in_b = (pair < PAIRS) & (ca < DIM), (pair < PAIRS) & (cb < DIM)
-        qa = tl.load(rows + ca, mask=in_a, other=0.0).to(tl.float32)
-        qb = tl.load(rows + cb, mask=in_b, other=0.0).to(tl.float32)
         stored = tl.load(history + row)
         if not EXACT:
             stored = tl.maximum(stored, slot + 1)
-        stored_sink = (n < SINKS) & (n < stored)
-        at_sink = tl.load(positions + row * position_row + n, mask=stored_sink, other=-1)
-        if ROPE:
-            turn = tl.load(turns + pair, mask=pair < PAIRS, other=0)
-            stretch = tl.load(rope_scale + pair, mask=pair < PAIRS, other=1.0)
-            angle = ((at_sink.to(tl.int64)[:, None] * turn[None, :]) >> 32).to(tl.int32)
-            cos, sin = circle(angle, NATIVE)
-            cos, sin = cos * stretch[None, :], sin * stretch[None, :]
-            a, b = a * cos - b * sin, a * sin + b * cos
-        x = _capped(tl.sum(a * qa[None, :] + b * qb[None, :], 1) * scale, softcap, CAP)
-        seen = stored_sink & (at_sink >= 0) & (n <= slot)
+        seen = (n < SINKS) & (n < stored) & (n <= slot)
         if WINDOW:
             seen &= n > slot - window
-        x = tl.where(seen, x, float("-inf"))
-        grown = tl.maximum(peak, tl.max(x, 0))
-        ground = tl.where(grown == float("-inf"), 0.0, grown)
-        weight = tl.exp2(x - ground)
-        decay = tl.exp2(peak - ground)
-        exact = tl.load(
-            base + n[:, None] * width + 2 * PAIRS + v[None, :],
-            mask=(n < SINKS)[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        total = total * decay[:, None] + tl.sum(exact * weight[:, None], 0)[None, :]
-        mass = mass * decay + tl.sum(weight, 0)
-        peak = grown
+        place = tl.load(positions + row * position_row + n, mask=seen, other=-1)
+        x = _sink_scores(
+            rows, base, place, tl.arange(0, PAIRS_POW2), query_order, turns, rope_scale,
+            DIM, PAIRS, width, SINKS, ORDER, ROPE, NATIVE,
+        )  # fmt: skip
+        x = tl.where(seen & (place >= 0), _capped(x * scale, softcap, CAP), float("-inf"))
+        exact = base + n[:, None] * width + 2 * PAIRS + v[None, :]
+        exact = tl.load(exact, mask=(n < SINKS)[:, None] & wide, other=0.0).to(tl.float32)
+        peak, mass, total = _absorb(peak, mass, total, x, exact)
 
     if OWN > 0:
         n = tl.arange(0, OWN)
         d = tl.arange(0, DIM_POW2)
+        there = (n < steps)[:, None]
         q = tl.load(rows + d, mask=d < DIM, other=0.0).to(tl.float32)
-        keys = tl.load(
-            key + row * key_batch + head * key_head + n[:, None] * key_step + d[None, :],
-            mask=(n < steps)[:, None] & (d < DIM)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
+        keys = key + row * key_batch + head * key_head + n[:, None] * key_step + d[None, :]
+        keys = tl.load(keys, mask=there & (d < DIM)[None, :], other=0.0).to(tl.float32)
         place = tl.load(slots + row * slot_row + n, mask=n < steps, other=-1)
-        x = _capped(tl.sum(keys * q[None, :], 1) * scale, softcap, CAP)
         seen = (n <= step) & (place >= 0) & (slot >= 0)
         if WINDOW:
             seen &= place > slot - window
+        x = _capped(tl.sum(keys * q[None, :], 1) * scale, softcap, CAP)
+        exact = value + row * value_batch + head * value_head + n[:, None] * value_step + v[None, :]
+        exact = tl.load(exact, mask=there & wide, other=0.0).to(tl.float32)
         x = tl.where(seen, x, float("-inf"))
-        grown = tl.maximum(peak, tl.max(x, 0))
-        ground = tl.where(grown == float("-inf"), 0.0, grown)
-        weight = tl.exp2(x - ground)
-        decay = tl.exp2(peak - ground)
-        exact = tl.load(
-            value + row * value_batch + head * value_head + n[:, None] * value_step + v[None, :],
-            mask=(n < steps)[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        total = total * decay[:, None] + tl.sum(exact * weight[:, None], 0)[None, :]
-        mass = mass * decay + tl.sum(weight, 0)
-        peak = grown
+        peak, mass, total = _absorb(peak, mass, total, x, exact)
 
     at = (row * query_heads + query_id) * steps + step
+    one = tl.arange(0, 1)
     if OWN_APART:
-        lse = tl.load(own_lse + at + tl.zeros([1], tl.int32))
-        grown = tl.maximum(peak, lse)
-        ground = tl.where(grown == float("-inf"), 0.0, grown)
-        weight = tl.exp2(lse - ground)
-        decay = tl.exp2(peak - ground)
-        sums = tl.load(own + at.to(tl.int64) * VALUE_DIM + v, mask=v < VALUE_DIM, other=0.0)
-        total = total * decay[:, None] + sums[None, :] * weight[:, None]
-        mass = mass * decay + weight
-        peak = grown
+        sums = tl.load(own + at.to(tl.int64) * VALUE_DIM + v[None, :], mask=wide, other=0.0)
+        peak, mass, total = _absorb(peak, mass, total, tl.load(own_lse + at + one), sums)
     if LOGITS:
-        logit = tl.load(sink_logits + query_id + tl.zeros([1], tl.int32)).to(tl.float32)
-        ground = tl.where(peak == float("-inf"), 0.0, peak)
-        # A query that sees nothing gets zeros; its log-sum-exp is the logit's.
-        mass += tl.exp2(logit * 1.4426950408889634 - ground)
-    over = tl.where(mass > 0, 1.0 / mass, 0.0)
-    result = total * over[:, None]
+        logit = tl.load(sink_logits + query_id + one).to(tl.float32) * 1.4426950408889634
+        peak, mass, total = _absorb(peak, mass, total, logit, total * 0.0)
+    result = total * tl.where(mass > 0, 1.0 / mass, 0.0)[:, None]
     target = ((row * steps + step) * query_heads + query_id).to(tl.int64) * VALUE_DIM
-    tl.store(
-        output + target + v[None, :],
-        result.to(output.dtype.element_ty),
-        mask=(v < VALUE_DIM)[None, :],
-    )
-    ground = tl.where(peak == float("-inf"), 0.0, peak)
-    log = tl.where(mass > 0, (ground + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
-    tl.store(output_lse + at + tl.zeros([1], tl.int32), log)
+    tl.store(output + target + v[None, :], result.to(output.dtype.element_ty), mask=wide)
+    log = tl.where(mass > 0, (peak + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
+    tl.store(output_lse + at + one, log)
 
 
 @triton.jit

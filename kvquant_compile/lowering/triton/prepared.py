@@ -183,5 +183,5 @@ def split_count(programs: int, pages: int, device: torch.device) -> int:
     """Shares of the history: enough programs to fill the device, at least four pages each."""
     if device.type != "cuda":
         return 3
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = 3 * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(wanted // programs, -(-pages // 4), 512))

@@ -149,7 +149,7 @@ def levels(low, high, l0, l1, l2, l3, table, BITS: tl.constexpr, NATIVE: tl.cons
 
 @triton.jit
 def split4(x, LEAD: tl.constexpr):
-    """Words [*LEAD, 4] of a 16-byte load as four tensors of shape LEAD."""
+    """Words [*LEAD, 4], perhaps flattened, as four tensors of shape LEAD."""
     even, odd = x.reshape(LEAD + [2, 2]).split()  # noqa: RUF005
     a, c = even.split()
     b, d = odd.split()
@@ -158,7 +158,7 @@ def split4(x, LEAD: tl.constexpr):
 
 @triton.jit
 def per_chunk(x, W: tl.constexpr, WIDTH: tl.constexpr):
-    """Loads [2, W, 32, WIDTH] with the chunk behind the lane: [W, 32, 2, WIDTH]."""
+    """Loads [2, W, 32 * WIDTH] with the chunk behind the lane: [W, 32, 2, WIDTH]."""
     return x.reshape([2, W, 32, WIDTH]).permute([1, 2, 0, 3])
 
 
@@ -238,24 +238,35 @@ def row_order(x, W: tl.constexpr):
 
 
 @triton.jit
-def pair_tokens(word, W: tl.constexpr):
-    """Words [4, W, 32] with a half for either token of a lane and tile, each half doubled:
+def pair_tokens(words, g, W: tl.constexpr):
+    """A half for each of 64 tokens [W, 32 words], by lane, tile and r, each doubled:
     [W, 32, 4, 2]."""
-    x = word.permute([1, 2, 0])
+    at = tl.zeros([W, 32], tl.int32) + 2 * g
+    x = joined4(
+        tl.gather(words, at, 1), tl.gather(words, at + 1, 1),
+        tl.gather(words, at + 16, 1), tl.gather(words, at + 17, 1), W,
+    )  # fmt: skip
     return tl.join(double_lower(x), double_upper(x))
 
 
 @triton.jit
-def tokens_of_word(x, W: tl.constexpr):
-    """Words [W, 32, 2] with a byte for each token of a lane and chunk as [W, 32, 4, 2] bytes."""
+def key_tokens(words, g, W: tl.constexpr):
+    """A byte for each of 64 tokens [W, 16 words, twice], by lane, tile and r: [W, 32, 4, 2]."""
+    at = tl.zeros([W, 32], tl.int32) + g
+    x = tl.join(tl.gather(words, at, 1), tl.gather(words, at + 8, 1))
     x = tl.join(tl.join(x, x >> 16), tl.join(x >> 8, x >> 24)).reshape([W, 32, 4, 2])
     return x & 255
 
 
 @triton.jit
-def token_pairs(x, first, W: tl.constexpr):
-    """Words [W, 32, 4] of (chunk, ih) with a byte for each of four tokens as halves of two
-    neighbouring tokens, less ``first`` [1, 32]: [W, 32, 4, 2] of (chunk tile), ih."""
+def value_tokens(words, t, first, W: tl.constexpr):
+    """A byte for each of 64 tokens [W, 16 words, twice], less ``first`` [1, 32], as halves of
+    two neighbouring tokens: [W, 32, 4, 2] of (chunk, tile), ih."""
+    at = tl.zeros([W, 32], tl.int32) + 2 * t
+    x = joined4(
+        tl.gather(words, at, 1), tl.gather(words, at + 1, 1),
+        tl.gather(words, at + 8, 1), tl.gather(words, at + 9, 1), W,
+    )  # fmt: skip
     x = tl.join(x, x >> 16)  # the tile
     even = ((x & 255) - first[:, :, None, None]).to(tl.float32)
     odd = ((x >> 8 & 255) - first[:, :, None, None]).to(tl.float32)

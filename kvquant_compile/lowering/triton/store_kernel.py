@@ -8,18 +8,18 @@ import triton.language as tl
 
 
 @triton.jit
-def _packed(s0, s1, s2, s3, BITS: tl.constexpr, I: tl.constexpr):
-    """Word ``I`` of four selectors of codes below ``2**BITS``; see ``codec.fragments``."""
+def _packed(s0, s1, s2, s3, BITS: tl.constexpr, WORD: tl.constexpr):
+    """Word ``WORD`` of four selectors of codes below ``2**BITS``; see ``codec.fragments``."""
     if BITS == 4:
-        return s0 if I == 0 else (s1 if I == 1 else (s2 if I == 2 else s3))
+        return s0 if WORD == 0 else (s1 if WORD == 1 else (s2 if WORD == 2 else s3))
     if BITS == 3:
-        if I == 0:
+        if WORD == 0:
             return s0 | ((s3 & 0x11111111) << 3)
-        if I == 1:
+        if WORD == 1:
             return s1 | ((s3 & 0x22222222) << 2)
         return s2 | ((s3 & 0x44444444) << 1)
     if BITS == 2:
-        return s0 | (s1 << 2) if I == 0 else s2 | (s3 << 2)
+        return s0 | (s1 << 2) if WORD == 0 else s2 | (s3 << 2)
     return s0 | (s1 << 1) | (s2 << 2) | (s3 << 3)
 
 
@@ -52,10 +52,8 @@ def _set_codes(
     """
     row = tl.arange(0, 8)[:, None]
     every = tl.arange(0, GROUPS_POW2)[None, :]
-    if KEYS:
-        lane = 8 * part + row  # g = 2 part, 2 part + 1
-    else:
-        lane = 4 * row + part  # t = part
+    # Of keys g is 2 part or 2 part + 1, of values t is part.
+    lane = 8 * part + row if KEYS else 4 * row + part
     g, t = lane // 4, lane % 4
     live = (every < GROUPS) & (row >= 0)
     per_section: tl.constexpr = GROUPS // 2 if APART else GROUPS

@@ -29,6 +29,21 @@ class ValueEmitter:
         out("mass = tl.zeros([W, 16, N], tl.float32)", "flat = tl.zeros([W, 16, N], tl.float32)")
         table_words(out, "v", "value", self.spec.layout.spec.value_bits)
 
+    def load_tokens(self, out: Source) -> None:
+        """Scales, zeros and slots of a page's tokens, well before they are needed."""
+        at = self.spec.layout.offsets
+        words = at["value_scale_zero"][0] // 4
+        out(f"both_here = tl.load(here[:, None] + {words} + in_page[None, :])")
+        if self.spec.layout.spec.value_slots:
+            out("halves16 = here.to(tl.pointer_type(tl.float16))[:, None]")
+        for s in range(self.spec.layout.spec.value_slots):
+            half = at["value_slot_residual"][0] // 2 + 64 * s
+            word = (at["value_slot_index"][0] + 64 * s) // 4
+            out(
+                f"rest{s}_here = tl.load(halves16 + {half} + in_page[None, :])",
+                f"bytes{s}_here = tl.load(here[:, None] + {word} + lane % 16)",
+            )
+
     def accumulate(self, out: Source) -> None:
         """Adds a page's values, weighted by ``p`` [W, 64, N]."""
         out("", "# values")
@@ -41,10 +56,9 @@ class ValueEmitter:
     def _weights(self, out: Source) -> None:
         """Weights times token scales in float16, relative to their bound in this page."""
         layout = self.spec.layout
-        first = layout.offsets["value_scale_zero"][0] // 4
         bias = float(table_bias(layout.spec.value_bits))
         out(
-            f"both = row_order(tl.load(here[:, None] + {first} + in_page[None, :]), W)",
+            "both = row_order(both_here, W)",
             "stride = lower_half(both).to(tl.float32)",
             "middle = upper_half(both).to(tl.float32)",
             "wide = p * stride[:, :, None]",
@@ -64,13 +78,10 @@ class ValueEmitter:
     def _slot_weights(self, out: Source) -> None:
         """Weights times slot residuals, and slot channels relative to the lane's first."""
         layout = self.spec.layout
-        first = layout.offsets["value_slot_residual"][0] // 2
         slots = range(layout.spec.value_slots)
-        out("halves16 = here.to(tl.pointer_type(tl.float16))[:, None]")
         for s in slots:
-            at = first + 64 * s
             out(
-                f"rest{s} = row_order(tl.load(halves16 + {at} + in_page[None, :]), W)",
+                f"rest{s} = row_order(rest{s}_here, W)",
                 f"far{s} = p * rest{s}.to(tl.float32)[:, :, None]",
                 f"farthest = tl.maximum(farthest, tl.abs(far{s}))" if s else
                 "farthest = tl.abs(far0)",
@@ -78,15 +89,11 @@ class ValueEmitter:
         out("slot_bound = tl.max(farthest, 1)")
         out("inverse = tl.where(slot_bound > 0, 1.0 / slot_bound, 0.0)")
         for s in slots:
-            at = (layout.offsets["value_slot_index"][0] + 64 * s) // 4
             out(
                 f"spread = (far{s} * inverse[:, None, :]).to(tl.float16)",
                 f"slot_right{s} = weights_fragment(spread, W, N)",
-                # bytes of tokens 8 t + 4 ih ..: word (chunk, ih)
-                f"bytes4 = tl.load(here[None, :, None] + {at} + four[:, None, None] // 2 * 8"
-                " + four[:, None, None] % 2 + 2 * t[None])",
-                f"places = token_pairs(bytes4.permute([1, 2, 0]),"
-                f" g * {self.spec.value_channels // 8}, W)",
+                f"first_channel = g * {self.spec.value_channels // 8}",
+                f"places = value_tokens(bytes{s}_here, t, first_channel, W)",
                 f"where{s}_0, where{s}_1 = places.split()",
             )
 
