@@ -21,6 +21,10 @@ app = typer.Typer(
 
 ModelOption = Annotated[str, typer.Option("--model", help="Model folder or hub id.")]
 BitsOption = Annotated[str, typer.Option("--bits", help="Widths, comma separated.")]
+OneFormatOption = Annotated[
+    str | None,
+    typer.Option("--bits", help="A width, or key,value; default: 3, or the artifact's."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
 CalibrationOption = Annotated[
@@ -100,7 +104,7 @@ def evaluate(
 def calibrate(
     model: ModelOption,
     output: Annotated[Path, typer.Argument(help="Artifact to write (*.safetensors).")],
-    bits: BitsOption = "3",
+    bits: OneFormatOption = None,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
     dtype: DtypeOption = "auto",
@@ -117,7 +121,7 @@ def calibrate(
 @app.command()
 def explain(
     model: ModelOption,
-    bits: BitsOption = "3",
+    bits: OneFormatOption = None,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
     dtype: DtypeOption = "auto",
@@ -139,7 +143,7 @@ def explain(
 def optimize(
     model: ModelOption,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    bits: BitsOption = "3",
+    bits: OneFormatOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
@@ -205,12 +209,17 @@ def _tokenizer(name: str) -> Any:
 
 
 def _optimised(
-    name: str, bits: str, calibration: Path | None, windows: int | None, dtype: str, seed: int
+    name: str,
+    bits: str | None,
+    calibration: Path | None,
+    windows: int | None,
+    dtype: str,
+    seed: int,
 ) -> Any:
     import kvquant_compile
     from kvquant_compile.evaluate.text import read_text
 
-    widths = _widths(bits)
+    widths = [] if bits is None else _widths(bits)
     if len(widths) > 2:
         raise OptionError(
             f"--bits {bits}", why="one model has one format", do="Pass one width, or key,value."
@@ -221,7 +230,7 @@ def _optimised(
         data = read_text(calibration)
     return kvquant_compile.optimize(
         network,
-        bits=widths[0] if len(widths) == 1 else (widths[0], widths[1]),
+        bits=(widths[0], widths[1]) if len(widths) == 2 else next(iter(widths), None),
         calibration=data,
         tokenizer=tokenizer,
         windows=windows,
