@@ -14,6 +14,7 @@ from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import PAGE_TOKENS
+from kvquant_compile.lowering.triton.dispatch import kernel_name
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import LayerPlan
 from kvquant_compile.runtime.program import Program
@@ -214,14 +215,13 @@ def build_report(
     artifact: Artifact,
 ) -> Report:
     """The report of one optimised model."""
-    kernel = "torch (CPU)" if program.device.type == "cpu" else f"torch ({program.device.type})"
     return Report(
         model=type(captured.model).__name__,
         convention=captured.convention,
         dtype=str(program.dtype).removeprefix("torch."),
         device=str(program.device),
         layers=tuple(
-            layer_report(layer.plan, layout, kernel)
+            layer_report(layer.plan, layout, kernel_name(layout, program.device))
             for layer, layout in zip(layers, program.layouts, strict=True)
         ),
         validation=dict(validation),

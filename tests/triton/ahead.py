@@ -15,6 +15,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kvquant_compile.codec.layout import PageLayout
@@ -56,20 +57,34 @@ def main(target: str, bits: str, dim: str) -> None:
     products = text.count("mma.sync") if backend == "cuda" else text.count("mfma")
     print(f"{target}: shared {compiled.metadata.shared} B, matrix products {products}")
     if backend == "cuda":
-        print(f"matrix moves {text.count('ldmatrix') + text.count('stmatrix')}")
+        body = main_loop(text)
+        print(f"matrix moves {body.count('ldmatrix') + body.count('stmatrix')}")
+        print(f"barriers {body.count('bar.sync')}")
         print(f"spilled bytes {spilled_bytes(text, arch)}")
+
+
+def main_loop(ptx: str) -> str:
+    """The text of the innermost loop that holds most matrix products."""
+    lines = ptx.split("\n")
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L__BB")}
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.search(r"bra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if jump and labels.get(jump.group(1), i) < i:
+            body = "\n".join(lines[labels[jump.group(1)] : i])
+            loops.append((-body.count("mma.sync"), len(body), body))
+    return min(loops)[2]
 
 
 def spilled_bytes(ptx: str, arch: str) -> int:
     """Bytes that ptxas spills with all registers allowed."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    tool /= "ptxas-blackwell" if int(arch) >= 100 else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         suffix = "a" if int(arch) >= 90 else ""
-        command = [str(tool), "-v", f"--gpu-name=sm_{arch}{suffix}", str(source), "-o",
-                   str(Path(folder) / "kernel.cubin")]  # fmt: skip
+        target = f"--gpu-name=sm_{arch}{suffix}"
+        binary = str(Path(folder) / "kernel.cubin")
+        command = [get_ptxas(int(arch)).path, "-v", target, str(source), "-o", binary]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
 

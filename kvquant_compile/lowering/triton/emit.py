@@ -76,12 +76,16 @@ class CodeWords:
     def load(self, out: Source, base: str) -> None:
         """Loads of all words of the page whose word pointers are ``base`` [W]."""
         for name, first, apart in self.vectors():
-            if apart:
+            if apart and self.width == 4:
                 step = f"{32 * self.per_lane} * two[:, None, None]"
                 pointers = f"{base}[None, :, None] + {first} + {step} + flat{self.width}"
                 out(f"{name} = {load_rows(pointers, 32 * self.width)}")
-            else:
-                out(f"{name} = tl.load({base}[:, None] + {first} + flat{self.width}[None, :])")
+                continue
+            # A narrower load of both chunks would be widened, and lanes get others' words.
+            for chunk in range(2 if apart else 1):
+                at = f"{first + chunk * 32 * self.per_lane} + flat{self.width}[None, :]"
+                tail = f"_{chunk}" if apart else ""
+                out(f"{name}{tail} = tl.load({base}[:, None] + {at})")
 
     def split(self, out: Source) -> None:
         """Vectors into one variable a word: [W, 32, 2] (chunk last) or [W, 32]."""
@@ -89,7 +93,9 @@ class CodeWords:
             words = [self._word(j * self.width + i) for i in range(self.width)]
             vector, lead = f"{self.prefix}v{j}", "[W, 32]"
             if self.sections == 2:
-                vector, lead = f"per_chunk({vector}, W, {self.width})", "[W, 32, 2]"
+                both = f"{vector}_0, {vector}_1" if self.width < 4 else vector
+                name = "joined_chunks" if self.width < 4 else "per_chunk"
+                vector, lead = f"{name}({both}, W, {self.width})", "[W, 32, 2]"
             value = {
                 4: f"split4({vector}, {lead})",
                 2: f"{vector}.reshape({lead} + [2]).split()",

@@ -163,6 +163,12 @@ def per_chunk(x, W: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def joined_chunks(x, y, W: tl.constexpr, WIDTH: tl.constexpr):
+    """Loads [W, 32 * WIDTH] of either chunk as [W, 32, 2, WIDTH]."""
+    return tl.join(x, y).reshape([W, 32, WIDTH, 2]).permute([0, 1, 3, 2])
+
+
+@triton.jit
 def joined4(a, b, c, d, W: tl.constexpr):
     """Words of (chunk 0, tile 0), (0, 1), (1, 0), (1, 1) as [W, 32, 4]."""
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape([W, 32, 4])
