@@ -58,6 +58,9 @@ class KeyEmitter:
         out(f"unit = magnitude * (scale * enlarge{log})")
         out("peak = tl.full([W, N], float('-inf'), tl.float32)")
         table_words(out, "k", "key", self.spec.layout.spec.key_bits)
+        for group in range(self.groups):
+            if not self._turns(group):  # the same for every page
+                self._right_operands(out, group, "q")
 
     def _load_queries(self, out: Source, block: int) -> None:
         """One load [8 columns, channels in pair order], octets rounded up to a power of two, and
@@ -100,7 +103,7 @@ class KeyEmitter:
             self._multiply(out, group)
 
     def _turn_queries(self, out: Source) -> None:
-        """Right operands ``b{member}{group}`` with the queries turned back by the page's base."""
+        """Right operands of the groups that turn: queries turned back by the page's base."""
         rotated = min(self.octets, -(-self.spec.rotated // 2) * 2)
         if rotated:
             out("origin = (base + page * 64).to(tl.int64)[:, None]")
@@ -118,32 +121,27 @@ class KeyEmitter:
             out(
                 f"cos_words{j} = pack_halves(cos0, cos1)", f"sin_words{j} = pack_halves(sin0, sin1)"
             )
-        for octet in range(self.octets):
-            if octet < rotated:
-                which = f"{4 * (octet % 8)} + t + zero2"
-                out(
-                    f"cos_base = tl.gather(cos_words{octet // 8}, {which}, 1)",
-                    f"sin_base = tl.gather(sin_words{octet // 8}, {which}, 1)",
-                )
+        for octet in range(rotated):
+            which = f"{4 * (octet % 8)} + t + zero2"
+            out(
+                f"cos_base = tl.gather(cos_words{octet // 8}, {which}, 1)",
+                f"sin_base = tl.gather(sin_words{octet // 8}, {which}, 1)",
+            )
             for block in self._blocks:
-                a, b = (f"q{m}{octet}_{block}" for m in "ab")
-                turned = (
-                    f"rotate2({b}, {a}, cos_base, sin_base, NATIVE)"
-                    if octet < rotated
-                    else f"{b}, {a}"
-                )
-                out(f"r{b[1:]}, r{a[1:]} = {turned}")
+                a, b = (f"{m}{octet}_{block}" for m in "ab")
+                out(f"r{b}, r{a} = rotate2(q{b}, q{a}, cos_base, sin_base, NATIVE)")
         for group in range(self.groups):
-            self._right_operands(out, group)
+            if self._turns(group):
+                self._right_operands(out, group, "r")
 
-    def _right_operands(self, out: Source, group: int) -> None:
+    def _right_operands(self, out: Source, group: int, prefix: str) -> None:
         octets = self._octets_of(group)
         if len(octets) == 2:
             pairs = {m: [(m, octets[0]), (m, octets[1])] for m in "ab"}
         else:
             pairs = {"a": [("a", octets[0]), ("b", octets[0])]}
         for member, halves in pairs.items():
-            words = [f"r{m}{o}_{b}" for b in self._blocks for m, o in halves]
+            words = [f"{prefix}{m}{o}_{b}" for b in self._blocks for m, o in halves]
             call = "right_fragment" if len(words) == 2 else "right_fragments"
             out(f"right_{member}{group} = {call}({', '.join(words)}, W, NATIVE)")
 
