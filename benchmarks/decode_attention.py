@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.attend import CacheView, Site
 from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.lowering.triton import attend as kernels
+from kvquant_compile.lowering.triton.dispatch import SWITCH
 from kvquant_compile.plan import AttendPlan, LayerPlan
 from tests.lowering.reference import half_rope
 from tests.triton.cases import random_pages, random_tables
@@ -173,4 +175,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(SWITCH, "triton")
     main()

@@ -2,9 +2,9 @@
 
     python benchmarks/generate_memory.py --model MODEL --text novel.txt --tokens 16384 --bits 3
 
-Each contender runs in a process of its own. Peak memory is the process's highest resident set
+Each contender runs in a process of its own. Peak memory is the process's highest anonymous memory
 above what it was with the model loaded (and optimised); it includes the prompt's activations,
-which are the same for both.
+which are the same for both. Linux only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import resource
+import os
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,15 @@ def measure(arguments: argparse.Namespace, bits: int | None, pipe: Any) -> None:
         windows = [w[None] for w in ids[0, :8192].split(512)]
         kvquant_compile.optimize(model, bits, calibration=windows, windows=4, progress=False)
     generate(model, ids[:, :64], 2)
-    before = _reset_peak()
-    result, times = generate(model, ids, 1 + arguments.new)
+    with PeakMemory() as memory:
+        result, times = generate(model, ids, 1 + arguments.new)
     cache = result.past_key_values
     nbytes = cache.nbytes() if bits is not None else _dense_bytes(cache)
     pipe.send(
         {
             "contender": "original" if bits is None else f"{bits} bits",
             "tokens": ids.shape[1],
-            "peak_bytes": _peak() - before,
+            "peak_bytes": memory.peak - memory.before,
             "cache_bytes": nbytes,
             "prefill_seconds": times[0],
             "seconds_per_token": statistics.median(times[1:]),
@@ -81,20 +82,33 @@ def _dense_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _reset_peak() -> int:
-    """Make the kernel forget the process's peak (Linux), and return the present size."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-    return _peak()
+class PeakMemory:
+    """Highest anonymous memory of this process inside the block, sampled every few milliseconds.
+
+    Anonymous only: mapped weights come and go with the page cache and say nothing here.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = anonymous_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.003):
+            self.peak = max(self.peak, anonymous_bytes())
 
 
-def _peak() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def anonymous_bytes() -> int:
+    """Resident anonymous memory of this process (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    line = next(x for x in status.splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -121,6 +135,8 @@ def main() -> None:
 
 
 def _in_process(arguments: argparse.Namespace, bits: int | None) -> dict[str, Any]:
+    # Freed tensors go back to the system at once, so that the peak is the program's own.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(arguments, bits, sender))

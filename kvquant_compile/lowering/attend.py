@@ -79,19 +79,22 @@ def attend(
         output [B, S, Hq, value_dim] in the query's dtype, and the log-sum-exp of the scores
         [B, Hq, S] float32.
     """
-    layout = cache.layout
-    heads = query.shape[1]
-    grouped = (reorder(query, cache.geometry[1]).float() * site.scale).unflatten(
-        1, (layout.heads, heads // layout.heads)
-    )
-    state = OnlineSoftmax(grouped.shape[:-1], value.shape[-1], query.device)
     limit = history if exact_chunk else torch.maximum(history, slots.amax(1) + 1)
+    own = _own_by_flash(query, key, value, slots, site) if exact_chunk else None
+    if own is not None and site.sink_logits is None and not int(limit.max()):
+        return own[0].transpose(1, 2).to(query.dtype).contiguous(), own[1]
+    layout = cache.layout
+    groups = (layout.heads, query.shape[1] // layout.heads)
+    grouped = (reorder(query, cache.geometry[1]).float() * site.scale).unflatten(1, groups)
+    state = OnlineSoftmax(grouped.shape[:-1], value.shape[-1], query.device)
     for first, keys, values in _blocks(cache, slots, limit, site.window, query.dtype):
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
         visible = _visible(slots, first, hidden, limit, site.window)
         _update(state, grouped, keys, values, visible, site.softcap)
-    if exact_chunk and not _attend_own_fast(state, query, key, value, slots, site):
+    if own is not None:
+        state.merge(*(x.float().unflatten(1, groups) for x in own))
+    elif exact_chunk:
         _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
     output, lse = state.result(site.sink_logits)
     return (
@@ -163,21 +166,18 @@ def _visible(
     return seen & (place > slots[..., None] - window) if window else seen
 
 
-def _attend_own_fast(
-    state: OnlineSoftmax, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
-) -> bool:
+def _own_by_flash(
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
+) -> tuple[Tensor, Tensor] | None:
     """The step's own tokens by torch's flash kernel, the very one the original model runs.
 
     Returns:
-        Whether it could: plain causal attention of several tokens, none of them padding.
+        output [B, Hq, S, D] and log-sum-exp [B, Hq, S]; None where it cannot: it does plain causal
+        attention of several tokens, none of them padding.
     """
     if slots.shape[1] == 1 or site.softcap or site.window or not bool((slots >= 0).all()):
-        return False
-    done = causal_flash(query, key, value, site.scale)
-    if done is not None:
-        groups = state.peak.shape[1:3]
-        state.merge(*(x.float().unflatten(1, groups) for x in done))
-    return done is not None
+        return None
+    return causal_flash(query, key, value, site.scale)
 
 
 def _attend_own(

@@ -6,6 +6,7 @@ Arguments: the part to run (``formats``, ``features``, ``append``), and the devi
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.append import append as torch_append
 from kvquant_compile.lowering.triton import attend as kernels
 from kvquant_compile.lowering.triton.append import append as kernel_append
+from kvquant_compile.lowering.triton.dispatch import SWITCH
 from tests.lowering.reference import half_rope, interleaved_rope
 from tests.triton.cases import Case, relative_error
 
@@ -126,4 +128,5 @@ def main(part: str, device: str = "cpu") -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(SWITCH, "triton")
     sys.exit(min(1, main(*sys.argv[1:])))

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.triton.compat import unavailable
+from kvquant_compile.lowering.triton.dispatch import SWITCH, refusal
 from kvquant_compile.lowering.triton.history import history_source
 from kvquant_compile.lowering.triton.spec import KernelSpec, unsupported
 
@@ -41,6 +43,14 @@ def test_formats_that_are_not_generated_say_why() -> None:
     big = PageLayout(CodecSpec(3, 3), 1, 512, 512, 2)
     assert "512" in unsupported(big)
     assert unsupported(SMALL.layout) == ""
+
+
+def test_kernels_are_opt_in_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert SWITCH in refusal(SMALL.layout, torch.device("cuda")) or unavailable()
+    monkeypatch.setenv(SWITCH, "triton")
+    assert SWITCH not in refusal(SMALL.layout, torch.device("cuda"))
 
 
 @compiles

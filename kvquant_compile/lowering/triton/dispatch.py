@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -13,12 +14,21 @@ from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.triton.compat import interpreting, unavailable
 from kvquant_compile.lowering.triton.spec import unsupported
 
+SWITCH = "KVQUANT_KERNELS"
+
 
 def refusal(layout: PageLayout, device: torch.device) -> str:
     """Why the torch path runs; empty where the generated kernels do."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"no kernels for {device.type}"
-    return unavailable() or unsupported(layout)
+    return unavailable() or unsupported(layout) or ("" if interpreting() else _not_chosen())
+
+
+def _not_chosen() -> str:
+    """The kernels as they are now have been interpreted and simulated, not yet run on a GPU."""
+    if os.environ.get(SWITCH) == "triton":
+        return ""
+    return f"the generated kernels are experimental; {SWITCH}=triton in the environment runs them"
 
 
 def kernel_name(layout: PageLayout, device: torch.device) -> str:
