@@ -12,6 +12,7 @@ from rich.console import Console
 
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.errors import KVQuantError, OptionError
+from kvquant_compile.loading import load_model, load_tokenizer
 
 app = typer.Typer(
     help="Store a decoder's KV cache in 2 to 4 bits; see the README.",
@@ -152,7 +153,7 @@ def optimize(
 ) -> None:
     """Optimise a model and continue a prompt with it."""
     network = _optimised(model, bits, calibration, windows, dtype, seed)
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
     output = network.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
@@ -181,31 +182,6 @@ def _widths(text: str) -> list[int]:
     for width in widths:
         FormatOptions(width)
     return widths
-
-
-def load_model(name: str, dtype: str) -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer.
-
-    Raises:
-        OptionError: it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise OptionError(
-            f"cannot load the model {name}",
-            why=str(error).splitlines()[0],
-            do="Pass a folder in transformers format, or a hub id that can be reached.",
-        ) from error
-    return network, _tokenizer(name)
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
 
 
 def _optimised(

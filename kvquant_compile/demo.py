@@ -17,6 +17,7 @@ import kvquant_compile
 from kvquant_compile.calib.observe import observe
 from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table, render
 from kvquant_compile.evaluate.text import read_text, text_windows
+from kvquant_compile.loading import load_model
 from kvquant_compile.progress import Progress
 from kvquant_compile.runtime.plugback import Installed, installed
 from kvquant_compile.runtime.program import Program
@@ -46,8 +47,6 @@ def run_demo(
     Returns:
         A JSON-able record of everything that was printed.
     """
-    from kvquant_compile.cli import load_model
-
     console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 110)
     if name is None:
         torch.set_num_threads(1)  # its ops are too small to be shared: threads only wait
