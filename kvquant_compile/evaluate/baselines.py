@@ -35,22 +35,27 @@ class Fp8:
 
 @dataclass(frozen=True)
 class IntPerToken:
-    """Asymmetric round-to-nearest per (token, head), float16 scale and zero, after RoPE."""
+    """Asymmetric round-to-nearest per (token, head), float16 scale and zero, after RoPE.
+
+    With ``group`` channels to a scale instead of the whole head, if not 0.
+    """
 
     bits: int
+    group: int = 0
     pre_rope: bool = False
 
     def keys(self, x: Tensor, layer: int) -> Tensor:
         """[B, H, S, D] -> the same, rounded."""
-        return round_asymmetric(x, self.bits, -1)
+        parts = x.split(self.group or x.shape[-1], -1)
+        return torch.cat([round_asymmetric(part, self.bits, -1) for part in parts], -1)
 
     def values(self, x: Tensor, layer: int) -> Tensor:
         """As keys."""
         return self.keys(x, layer)
 
     def effective_bits(self, heads: int, dim: int, tokens: int) -> float:
-        """Codes and 32 bits of scale and zero per vector."""
-        return self.bits + 32 / dim
+        """Codes and 32 bits of scale and zero per group."""
+        return self.bits + 32 / min(self.group or dim, dim)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def baseline_codecs(
     codecs: dict[str, tuple[int, FakeCodec]] = {"fp8 e4m3": (8, Fp8())}
     for b in bits:
         codecs[f"int{b} per token"] = (b, IntPerToken(b))
+        codecs[f"int{b} (g32)"] = (b, IntPerToken(b, group=32))
         codecs[f"kivi-{b} (g64)"] = (b, Kivi(b))
         if observed is not None:
             codecs[f"kvquant-{b} (code)"] = (b, KVQuantReleased.fit(observed, b))

@@ -238,9 +238,10 @@ def test_the_table_lists_everything_once_and_renders() -> None:
         source = prepare(tiny("llama"), torch.cat(TEXT), None, OPTIONS, bar)
         rows = evaluate_widths(source, [4, 2], WINDOWS, OPTIONS, bar)
     names = [row.name for row in rows]
-    assert names == ["original", "fp8 e4m3", "int4 per token", "kivi-4 (g64)", "kvquant-4 (code)",
-                     "int2 per token", "kivi-2 (g64)", "kvquant-2 (code)", "ours, 4 bits",
-                     "ours, 2 bits"]  # fmt: skip
+    assert names == ["original", "fp8 e4m3",
+                     "int4 per token", "int4 (g32)", "kivi-4 (g64)", "kvquant-4 (code)",
+                     "int2 per token", "int2 (g32)", "kivi-2 (g64)", "kvquant-2 (code)",
+                     "ours, 4 bits", "ours, 2 bits"]  # fmt: skip
     by_name = {row.name: row for row in rows}
     ours = by_name["ours, 2 bits"]
     elements = 90 * 2 * 2 * 2 * 16
@@ -273,3 +274,9 @@ def test_selftest_runs_on_a_hand_written_decoder() -> None:
 
     checks = selftest.run_selftest(decoder("MatmulDecoder").eval(), (tokens(), None))
     assert all(passed for passed, _ in checks.values())
+
+
+def test_smaller_groups_lose_less_and_cost_more(llama: Prepared) -> None:
+    whole, grouped = IntPerToken(3), IntPerToken(3, group=8)
+    assert codec_error(llama, grouped) < codec_error(llama, whole)
+    assert grouped.effective_bits(2, 16, 64) == 7.0 > whole.effective_bits(2, 16, 64) == 5.0
