@@ -175,9 +175,7 @@ def main() -> None:
     windows = text_windows(read_text(args.text), tokenizer, args.window, args.limit)
     captured = capture(model)
     layers = recognise(captured)
-    text = calibration_windows(
-        read_text(args.calibration), tokenizer, captured, replace(options.windows)
-    )
+    text = calibration_windows(read_text(args.calibration), tokenizer, captured, options.windows)
     bench = Bench(captured, layers, text)
     full = Variant("ours", FitSettings(), 1, FormatOptions().sinks)
     record: dict[str, Any] = {

@@ -54,26 +54,6 @@ def quantised_attention(model: nn.Module) -> Iterator[None]:
         state.attend_quantized = before
 
 
-def quantised_logits(model: nn.Module) -> Logits:
-    """ids [1, S] -> logits [1, S, vocab] through the optimised model's packed cache."""
-
-    def logits(ids: Tensor) -> Tensor:
-        with quantised_attention(model):
-            return _forward(model, ids)
-
-    return logits
-
-
-def original_logits(model: nn.Module) -> Logits:
-    """ids [1, S] -> logits [1, S, vocab] of the full-precision model, optimised or not."""
-    return lambda ids: _forward(model, ids, use_cache=False)
-
-
-def _forward(model: nn.Module, ids: Tensor, **options: bool) -> Tensor:
-    result = model(ids, **options) if hasattr(model, "config") else model(ids)
-    return result.logits if hasattr(result, "logits") else result[0]
-
-
 def score(
     reference: Logits,
     candidates: dict[str, Logits],
