@@ -57,6 +57,7 @@ def _set_codes(
     g, t = lane // 4, lane % 4
     live = (every < GROUPS) & (row >= 0)
     per_section: tl.constexpr = GROUPS // 2 if APART else GROUPS
+    per_tile: tl.constexpr = PAIRS // 8
     section, group = every // per_section, every % per_section
     low = ()
     high = ()
@@ -69,11 +70,10 @@ def _set_codes(
         a = every * 0 + row * 0
         b, m, n = a, a, a
         for nibble in tl.static_range(8):
-            r: tl.constexpr = nibble // 4
-            kh: tl.constexpr = nibble // 2 % 2
-            kl: tl.constexpr = nibble % 2
+            r = nibble // 4
+            kh = nibble // 2 % 2
+            kl = nibble % 2
             if KEYS:
-                per_tile: tl.constexpr = PAIRS // 8
                 piece = selector % per_tile
                 token = 32 * chunk + 4 * g + 2 * (selector // per_tile) + r
                 channel = piece % 2 * PAIRS + 16 * (piece // 2) + 8 * kh + 2 * t + kl
