@@ -1,179 +1,159 @@
 """Decode attention over a quantised cache against 16-bit and FP8 peers, in one run.
 
-    python -m benchmarks.decode_attention --out results.json
+    python -m benchmarks.decode_attention --groups grouped --out docs/results/decode-h200.json
 
-Times are medians of CUDA-graph replays, inputs rotated so that short caches do not sit in the
-L2 cache by accident. Ratios are peer time over ours.
+Times are medians of CUDA-graph replays; caches of up to 131072 tokens are rotated, so that the
+L2 cache does not serve reads. Kernels are compiled before, in parallel processes. A contender
+that fails leaves its error in the record and the others run on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
+import multiprocessing
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from rich.console import Console
+from rich.table import Table
 
-from kvquant_compile.codec.spec import CodecSpec
-from kvquant_compile.lowering.attend import CacheView, Site
-from kvquant_compile.lowering.constants import lower_layer
-from kvquant_compile.lowering.triton import attend as kernels
+from benchmarks.cases import FORMATS, GROUPS, TINY, Size
+from benchmarks.contenders import makers
+from benchmarks.measure import Call, bandwidth, environment, failure, graph_seconds, save
+from benchmarks.measure import wall_seconds as wall
 from kvquant_compile.lowering.triton.dispatch import SWITCH
-from kvquant_compile.plan import AttendPlan, LayerPlan
-from tests.lowering.reference import half_rope
-from tests.triton.cases import random_pages, random_tables
 
-CUDA = torch.device("cuda")
-FORMATS = {
-    "3 bit": CodecSpec(3, 3, 0, 0, False, 1),
-    "3 bit + slots + token scale": CodecSpec(3, 3, 1, 1, True, 1),
-    "2 bit": CodecSpec(2, 2, 0, 0, False, 1),
-    "4 bit": CodecSpec(4, 4, 0, 0, False, 1),
-}
+DENSE = ("cudnn bf16", "flash bf16", "flex bf16")
+COMPILED = ("flex bf16", "fp8", *(form.name for form in FORMATS))
 
 
-def ours(spec: CodecSpec, heads: int, rep: int, tokens: int, rope: bool = True) -> Callable:
-    """A call of the attend kernels on a random cache, positions on the device."""
-    g = torch.Generator(CUDA).manual_seed(1)
-    plan = LayerPlan(0, heads, 128, 128, half_rope(128, 128, 5e5) if rope else None,
-                     (AttendPlan(heads * rep, 128**-0.5),))  # fmt: skip
-    tables = random_tables(spec, heads, 128, 128, torch.Generator().manual_seed(0))
-    constants = lower_layer(plan, spec, tables, torch.float16, CUDA)
-    count = -(-(tokens + 1) // 64)
-    pages = torch.cat([random_pages(constants.layout, min(2048, count - i), g)
-                       for i in range(0, count, 2048)])  # fmt: skip
-    args, geometry = constants.arguments()
-    sinks = torch.randn(1, heads, spec.sink_tokens, 256, device=CUDA, dtype=torch.float16)
-    cache = CacheView(
-        torch.arange(count, device=CUDA, dtype=torch.int32)[None],
-        torch.arange(count * 64, device=CUDA, dtype=torch.int32)[None],
-        [pages], sinks, args, geometry, str(constants.layout),
-    )  # fmt: skip
-    q = torch.randn(1, heads * rep, 1, 128, device=CUDA, dtype=torch.float16)
-    k, v = (torch.randn(1, heads, 1, 128, device=CUDA, dtype=torch.float16) for _ in range(2))
-    slots = torch.tensor([[tokens]], device=CUDA, dtype=torch.int32)
-    history = torch.tensor([tokens], device=CUDA, dtype=torch.int32)
-    site = Site(128**-0.5, 0.0, 0, None)
-    return lambda: kernels.attend(q, k, v, slots, history, cache, site, True)
-
-
-def sdpa(heads: int, rep: int, tokens: int, dtype: torch.dtype, backend: SDPBackend) -> Callable:
-    """A call of torch's attention on a 16-bit cache."""
-    q = torch.randn(1, heads * rep, 1, 128, device=CUDA, dtype=dtype)
-    k, v = (torch.randn(1, heads, tokens, 128, device=CUDA, dtype=dtype) for _ in range(2))
-
-    def call() -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=rep > 1)
-
-    return call
-
-
-def flex(heads: int, rep: int, tokens: int) -> Callable:
-    """A call of compiled FlexAttention on a bfloat16 cache."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-    q = torch.randn(1, heads * rep, 1, 128, device=CUDA, dtype=torch.bfloat16)
-    k, v = (torch.randn(1, heads, tokens, 128, device=CUDA, dtype=torch.bfloat16) for _ in "kv")
-    return lambda: compiled(q, k, v, enable_gqa=rep > 1)
-
-
-def fp8(heads: int, rep: int, tokens: int) -> Callable:
-    """A call of the FP8 baseline."""
-    from benchmarks.fp8_baseline import Fp8Decode
-
-    k, v = (torch.randn(heads, tokens, 128, device=CUDA, dtype=torch.float16).to(
-        torch.float8_e4m3fn) for _ in "kv")  # fmt: skip
-    return Fp8Decode(torch.randn(heads * rep, 128, device=CUDA, dtype=torch.float16), k, v)
-
-
-def seconds(call: Callable, target: float = 0.15) -> float:
-    """Median seconds of a call, from replays of a graph that holds it several times."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    calls = 4
-    with torch.cuda.graph(graph, stream=side):
-        for _ in range(calls):
-            call()
-    times = []
-    total = 0.0
-    while total < target or len(times) < 5:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / calls)
-        total += times[-1] * calls
-    return sorted(times)[len(times) // 2]
-
-
-def measure(name: str, make: Callable[[], Callable]) -> float | None:
-    """Time one contender, or say why it cannot run."""
+def measure(name: str, size: Size, device: torch.device) -> dict[str, Any]:
+    """Time one contender at one size, or say why it cannot run."""
     try:
-        call = make()
-        return seconds(call)
+        contender = makers()[name](size, device)
+        best: tuple[float, str] | None = None
+        errors = []
+        for setting, calls in _settings(contender.calls, contender.variants):
+            try:
+                seconds = _seconds(calls, device)
+            except Exception as error:
+                errors.append(f"{setting}: {failure(error)}")
+                continue
+            best = min(best, (seconds, setting)) if best else (seconds, setting)
+        if best is None:
+            return {"error": "; ".join(errors)}
+        row = {"us": round(best[0] * 1e6, 2), "cache_bytes": contender.cache_bytes}
+        return row | {"bytes_per_second": contender.cache_bytes / best[0], "setting": best[1]}
     except Exception as error:
-        print(f"{name}: {type(error).__name__}: {str(error)[:120]}", flush=True)
-        return None
+        return {"error": failure(error)}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _settings(calls: list[Call], variants: dict[str, list[Call]]) -> Iterable[tuple[str, list]]:
+    return variants.items() if variants else [("", calls)]
+
+
+def _seconds(calls: Sequence[Call], device: torch.device) -> float:
+    if device.type == "cuda":
+        return graph_seconds(calls, rounds=max(1, 8 // len(calls)))
+    return min(wall(calls[0], 2, synchronise=False))
+
+
+def compile_case(name: str, size: Size) -> str:
+    """Build a contender and call it once, which leaves its kernels in the disk caches."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    device = torch.device("cuda")
+    try:
+        contender = makers()[name](size, device)
+        for _, calls in _settings(contender.calls, contender.variants):
+            calls[0]()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{name}, {size.name}: {failure(error)}"
     finally:
         torch.cuda.empty_cache()
+    return ""
 
 
-def run(heads: int, rep: int, tokens: int, names: list[str]) -> dict[str, Any]:
-    """All contenders at one size; microseconds."""
-    makers: dict[str, Callable[[], Callable]] = {
-        "cudnn fp16": lambda: sdpa(heads, rep, tokens, torch.float16, SDPBackend.CUDNN_ATTENTION),
-        "cudnn bf16": lambda: sdpa(heads, rep, tokens, torch.bfloat16, SDPBackend.CUDNN_ATTENTION),
-        "flash bf16": lambda: sdpa(heads, rep, tokens, torch.bfloat16, SDPBackend.FLASH_ATTENTION),
-        "flex bf16": lambda: flex(heads, rep, tokens),
-        "fp8": lambda: fp8(heads, rep, tokens),
-    }
-    makers |= {n: (lambda s=s: ours(s, heads, rep, tokens)) for n, s in FORMATS.items()}
-    makers["3 bit, no rope"] = lambda: ours(FORMATS["3 bit"], heads, rep, tokens, rope=False)
-    row: dict[str, Any] = {"query_heads": heads * rep, "kv_heads": heads, "tokens": tokens}
-    for name, make in makers.items():
-        if names and not any(n in name for n in names):
-            continue
-        time = measure(name, make)
-        row[name] = None if time is None else round(time * 1e6, 2)
-    print(json.dumps(row), flush=True)
-    return row
+def compile_all(names: Sequence[str], sizes: Sequence[Size], jobs: int) -> float:
+    """Fill Triton's and Inductor's disk caches; returns the seconds it took."""
+    start = time.perf_counter()
+    tasks = [(n, s) for s in sizes for n in names if n in COMPILED]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=min(jobs, len(tasks) or 1), mp_context=context) as pool:
+        for message in pool.map(compile_case, *zip(*tasks, strict=True)) if tasks else ():
+            if message:
+                print(message, flush=True)
+    return time.perf_counter() - start
+
+
+def render(rows: Sequence[dict[str, Any]], read: float) -> Table:
+    """Microseconds, the ratio to the best bfloat16 peer, and the share of the read bandwidth."""
+    names = list(dict.fromkeys(itertools.chain.from_iterable(r["results"] for r in rows)))
+    title = "microseconds (bf16 peer over ours; share of the read bandwidth)"
+    table = Table(title=title, title_justify="left")
+    for name in ["query/kv heads x tokens", *names]:
+        table.add_column(name)
+    for row in rows:
+        times = [row["results"][n]["us"] for n in DENSE if "us" in row["results"].get(n, {})]
+        cells = [_cell(row["results"].get(n, {}), min(times, default=0.0), read) for n in names]
+        table.add_row(row["size"], *cells)
+    return table
+
+
+def _cell(result: dict[str, Any], peer: float, read: float) -> str:
+    if "us" not in result:
+        return "failed" if "error" in result else "-"
+    ratio = f" ({peer / result['us']:.2f}x" if peer else " ("
+    share = f"; {100 * result['bytes_per_second'] / read:.0f} %)" if read else ")"
+    return f"{result['us']:,.1f}{ratio}{share}"
 
 
 def main() -> None:
-    """Run every size and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, nargs="*",
-                        default=[1024, 4096, 16384, 65536, 131072, 524288, 1048576])  # fmt: skip
-    parser.add_argument("--heads", nargs="*", default=["8x4", "32x1"], help="kv heads x group")
-    parser.add_argument("--only", nargs="*", default=[], help="contenders by part of their name")
-    options = parser.parse_args()
-    rows = []
-    for shape in options.heads:
-        heads, rep = map(int, shape.split("x"))
-        sizes = [n for n in options.tokens if n * heads <= 8 * 1048576]
-        rows += [run(heads, rep, n, options.only) for n in sizes]
-    import triton
+    """Measure the sizes asked for and write JSON after each."""
+    args = _arguments()
+    os.environ.setdefault(SWITCH, "triton")
+    device = torch.device(args.device)
+    sizes = TINY if args.tiny else [s for g in args.groups for s in GROUPS[g]]
+    sizes = [s for s in sizes if not args.tokens or s.tokens in args.tokens]
+    names = [n for n in makers() if not args.only or any(part in n for part in args.only)]
+    record: dict[str, Any] = {"environment": environment(), "unit": "microseconds", "rows": []}
+    read = 0.0
+    if device.type == "cuda":
+        record["compile_seconds"] = round(compile_all(names, sizes, args.jobs), 1)
+        record["bandwidth"] = bandwidth()
+        read = record["bandwidth"]["read"]
+    for size in sizes:
+        results = {name: measure(name, size, device) for name in names}
+        for name, result in results.items():
+            if "error" in result:
+                print(f"{size.name}, {name}: {result['error']}", flush=True)
+        record["rows"].append({"size": size.name, **vars(size), "results": results})
+        save(args.out, record)
+    Console(width=args.width).print(render(record["rows"], read))
+    print({k: v for k, v in record.items() if k != "rows"})
 
-    result = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "unit": "microseconds", "rows": rows,
-    }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help="only these lengths")
+    parser.add_argument("--only", nargs="*", default=[], help="contenders by part of their name")
+    parser.add_argument("--jobs", type=int, default=14, help="processes that compile")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="two tiny sizes, for a CPU")
+    parser.add_argument("--width", type=int, default=220, help="of the printed table")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault(SWITCH, "triton")
     main()
