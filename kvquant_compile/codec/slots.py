@@ -27,6 +27,8 @@ def index_dtype(dim: int) -> torch.dtype:
 def largest(score: Tensor, count: int) -> Tensor:
     """Channels of the ``count`` largest scores, ascending; NaN counts as largest.
 
+    Of equal scores the lower channel is taken, so that every device picks the same.
+
     Args:
         score: float [..., D], at least 0 or NaN.
         count: slots, at most D.
@@ -34,10 +36,13 @@ def largest(score: Tensor, count: int) -> Tensor:
     Returns:
         ``index_dtype(D)`` [..., count].
     """
-    if count == 1:
-        index = score.argmax(-1, keepdim=True)
-    else:
-        index = score.topk(count, dim=-1, sorted=False).indices.sort(-1).values
+    if count == 0:
+        return score.new_empty((*score.shape[:-1], 0), dtype=index_dtype(score.shape[-1]))
+    found = [score.argmax(-1, keepdim=True)]
+    for _ in range(1, count):
+        score = score.scatter(-1, found[-1], -1.0)
+        found.append(score.argmax(-1, keepdim=True))
+    index = found[0] if count == 1 else torch.cat(found, -1).sort(-1).values
     return index.to(index_dtype(score.shape[-1]))
 
 

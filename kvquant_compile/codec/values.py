@@ -69,8 +69,9 @@ def token_range(u: Tensor, spec: CodecSpec) -> tuple[Tensor, Tensor]:
     """Float16 scale and zero [B, H, N, 1] that map the inlier range to the table's limits."""
     low, high = inlier_range(u, spec.value_slots)
     low, high = low.clamp(-FLOAT16_MAX, FLOAT16_MAX), high.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-    limit = table_limit(spec.value_bits)
-    return to_float16((high - low) / (2 * limit)), to_float16((high + low) / 2)
+    # Division by a number is a product with its reciprocal on some devices: make it one on all.
+    step = 1 / (2 * table_limit(spec.value_bits))
+    return to_float16((high - low) * step), to_float16((high + low) * 0.5)
 
 
 def _codes(
