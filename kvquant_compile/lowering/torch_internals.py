@@ -1,15 +1,16 @@
-"""The one private torch op the lowering uses; tested with torch 2.11 and 2.13."""
+"""The private torch ops the lowering uses; tested with torch 2.11 and 2.13."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 
 def causal_flash(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Causal attention of a chunk over itself, with its log-sum-exp, by torch's CPU flash kernel.
+    """Causal attention of a chunk over itself, with its log-sum-exp, by torch's flash kernels.
 
     Public ``scaled_dot_product_attention`` runs the same kernel but keeps the log-sum-exp.
 
@@ -22,11 +23,56 @@ def causal_flash(
         (output [B, Hq, S, D], log-sum-exp [B, Hq, S] float32), or None where the kernel cannot
         serve: another device, unequal widths, or a torch without it.
     """
+    if query.device.type != "cpu":
+        return device_flash(query, key, value.to(query.dtype), scale, causal=True)
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if kernel is None or query.device.type != "cpu" or key.shape[-1] != value.shape[-1]:
+    if kernel is None or key.shape[-1] != value.shape[-1]:
         return None
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
     output, lse = kernel(query, key, value.to(query.dtype), 0.0, True, scale=scale)
     return output, lse.float()
+
+
+def device_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    any_length: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """Attention on a GPU by the kernel that ``scaled_dot_product_attention`` would choose, with
+    its log-sum-exp.
+
+    Args:
+        query: [B, Hq, S, D].
+        key, value: [B, H, N, D] of the same dtype, Hq a multiple of H.
+        scale: of the scores.
+        causal: query i sees keys 0 .. i; else all of them.
+        any_length: rather not cuDNN, which prepares a plan for every new length.
+
+    Returns:
+        (output [B, Hq, S, D], natural log-sum-exp [B, Hq, S] float32, contiguous), or None where
+        torch would choose no flash kernel (dtype, widths) or the device is no GPU.
+    """
+    if not query.is_cuda or not query.dtype == key.dtype == value.dtype:
+        return None
+    grouped = query.shape[1] != key.shape[1]
+    choice = torch._fused_sdp_choice(
+        query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped
+    )
+    flash_fits = key.shape[-1] == value.shape[-1] and key.shape[-1] % 8 == 0
+    cudnn = choice == SDPBackend.CUDNN_ATTENTION.value
+    if cudnn and not (any_length and flash_fits):
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=scale
+        )
+    elif flash_fits and (cudnn or choice == SDPBackend.FLASH_ATTENTION.value):
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scale
+        )
+    else:
+        return None
+    return output, lse.view(query.shape[:3]).contiguous()

@@ -1,7 +1,8 @@
 """Runs named cases through the kernels and exits with 1 where one is off; see ``python -m``.
 
-Arguments: the part to run (``formats``, ``features``, ``append``), and the device
-(default ``cpu``, in Triton's interpreter).
+Arguments: the part to run (``formats``, ``features``, ``append``, ``prefill``, or ``flash``:
+prefill where torch's flash kernels apply, with a stand-in for them), and the device (default
+``cpu``, in Triton's interpreter).
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import time
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
 from kvquant_compile.lowering.append import append as torch_append
 from kvquant_compile.lowering.triton import attend as kernels
+from kvquant_compile.lowering.triton import prefill
 from kvquant_compile.lowering.triton.append import append as kernel_append
 from kvquant_compile.lowering.triton.dispatch import SWITCH
 from tests.lowering.reference import half_rope, interleaved_rope
@@ -56,11 +59,61 @@ FEATURES = {
     "rep 16": replace(BASE, rep=16, heads=1),
     "four steps": replace(BASE, steps=4, spec=CodecSpec(3, 3, 0, 0, False, 1)),
     "padding": replace(BASE, steps=4, padding=2),
-    "a chunk": replace(BASE, steps=20, rep=1, heads=1),
-    "a chunk, not exact": replace(BASE, steps=20, rep=1, heads=1, exact=False),
     "sharp": replace(BASE, sharpness=16.0),
     "half": replace(BASE, dtype=torch.float16),
 }
+CHUNK = replace(BASE, steps=20, rep=1, heads=1, lengths=(150, 150))
+ONE_OF_EACH = CodecSpec(3, 3, 1, 1, True, 1)
+PREFILL = {
+    "a chunk": CHUNK,
+    "not exact": replace(CHUNK, exact=False),
+    "not exact, ragged": replace(CHUNK, exact=False, lengths=(0, 70), padding=3, rep=2),
+    "first prompt": replace(CHUNK, lengths=(0,), steps=70, heads=2),
+    "first prompt, window": replace(CHUNK, lengths=(0,), steps=140, window=9),
+    "first prompt, padding": replace(CHUNK, lengths=(0, 0), padding=18, sink_logits=True),
+    "window": replace(CHUNK, window=9, lengths=(200, 64)),
+    "window over pages": replace(CHUNK, window=70, lengths=(200, 190), exact=False),
+    "window that reaches all": replace(CHUNK, window=500),
+    "softcap": replace(CHUNK, softcap=1.5, sharpness=4.0),
+    "padding": replace(CHUNK, padding=5, lengths=(90, 30)),
+    "hidden": replace(CHUNK, hidden=20),
+    "ragged": replace(CHUNK, lengths=(1, 300, 63), slabs=3),
+    "empty": replace(CHUNK, lengths=(0, 1)),
+    "scattered, far": replace(CHUNK, scattered=True, start=999_000, lengths=(20, 3)),
+    "rep 4, sink logits": replace(CHUNK, rep=4, sink_logits=True, spec=ONE_OF_EACH),
+    "200 steps": replace(CHUNK, steps=200, lengths=(64,), window=100),
+    "one of each, many sinks": replace(
+        CHUNK, spec=CodecSpec(2, 4, 2, 1, True, 5), lengths=(3, 70), exact=False
+    ),
+    "interleaved": replace(CHUNK, rope=interleaved_rope(32), spec=CodecSpec(4, 2, 1, 0, True, 2)),
+    "no rope, k1v1": replace(CHUNK, rope=None, spec=CodecSpec(1, 1, 0, 0, False, 0)),
+    "k5v8": replace(CHUNK, spec=CodecSpec(5, 8, 1, 0, False, 1)),
+    "k8v6": replace(CHUNK, spec=CodecSpec(8, 6, 0, 1, False, 0)),
+    "d80": replace(CHUNK, dims=(80, 80), rope=half_rope(80, 80), spec=ONE_OF_EACH),
+    "d96x32 partial": replace(CHUNK, dims=(96, 32), rope=half_rope(96, 24)),
+    "d40 padded": replace(CHUNK, dims=(40, 24), rope=half_rope(40, 40)),
+    "half, d128": replace(
+        CHUNK, dims=(128, 128), rope=half_rope(128, 128), spec=ONE_OF_EACH, dtype=torch.float16
+    ),
+}
+FLASH = {
+    name: PREFILL[name]
+    for name in ("a chunk", "first prompt", "window that reaches all", "rep 4, sink logits")
+}
+FLASH_CALLS: list[bool] = []
+
+
+def plain_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, any_length: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What torch's flash kernels compute on a device, in plain torch."""
+    FLASH_CALLS.append(causal)
+    rep = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(rep, 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1).float()
 
 
 def check(name: str, case: Case) -> bool:
@@ -122,8 +175,13 @@ def main(part: str, device: str = "cpu") -> int:
     torch.set_num_threads(1)
     if part == "append":
         return sum(not check_append(n, *c, torch.device(device)) for n, c in APPENDS.items())
-    cases = {"formats": FORMATS, "features": FEATURES}[part]
+    cases = {"formats": FORMATS, "features": FEATURES, "prefill": PREFILL, "flash": FLASH}[part]
+    if part in ("prefill", "flash"):  # several blocks of history
+        prefill.BLOCK_TOKENS = PAGE_TOKENS
+    if part == "flash":
+        prefill.device_flash = plain_flash
     good = [check(name, replace(case, device=torch.device(device))) for name, case in cases.items()]
+    assert part != "flash" or set(FLASH_CALLS) == {False, True}, "the stand-in was not called"
     return len(good) - sum(good)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import CacheView, Site
+from kvquant_compile.lowering.triton import prefill
 from kvquant_compile.lowering.triton.compat import launch_options, native
 from kvquant_compile.lowering.triton.merge import merge_kernel, own_kernel
 from kvquant_compile.lowering.triton.module import history_kernel
@@ -53,6 +54,8 @@ def attend(
     constants = prepared(layout, cache.tables, cache.geometry)
     query, key, value = (_rows(x) for x in (query, key, value))
     batch, query_heads, steps, _ = query.shape
+    if steps > OWN_STEPS:
+        return prefill.attend(query, key, value, slots, history, cache, site, exact_chunk)
     rep = query_heads // layout.heads
     spec = kernel_spec(layout, constants, site, rep * steps)
     tiles = -(-rep * steps // spec.columns)

@@ -1,0 +1,137 @@
+"""Attention of many queries to plain keys and values, and the merge of two results."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NOWHERE = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def flash_kernel(
+    query, key, value, slots, places, limit, output, output_lse,
+    scale, softcap, window, heads, rep, steps, count, first,
+    query_batch, query_head, query_step, key_batch, key_head, key_step,
+    value_batch, value_head, value_step, slot_row, place_row,
+    DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr,
+    OWN: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Flash attention where a query at slot s sees the keys at places 0 .. s, or its window.
+
+    Grid (blocks of queries, batch * query heads). ``places`` [B, count] are the keys' slots, -1
+    for a key that nobody sees; the place of key j is at most ``base + j``, where the base is
+    ``limit`` [B] for the step's own tokens (``OWN``) and ``first`` for a block of the history,
+    whose slots end at ``limit``. Writes output [B, S, Hq, VALUE_DIM] and the natural log-sum-exp
+    [B, Hq, S]; zeros and -inf where a query sees nothing.
+    """
+    row = tl.program_id(1) // (heads * rep)
+    query_id = tl.program_id(1) % (heads * rep)
+    head = query_id // rep
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: the longest first
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    d = tl.arange(0, DIM_POW2)
+    v = tl.arange(0, VALUE_POW2)
+    q = tl.load(
+        query + row * query_batch + query_id * query_head + i[:, None] * query_step + d[None, :],
+        mask=(i < steps)[:, None] & (d < DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    slot = tl.load(slots + row * slot_row + i, mask=i < steps, other=-1)
+    stored = tl.load(limit + row)
+    if OWN:
+        base = stored
+        end = tl.minimum((tile + 1) * BLOCK_Q, count)
+    else:
+        base = first
+        end = tl.minimum(tl.minimum(stored - first, tl.max(slot, 0) + 1 - first), count)
+    begin = 0
+    if WINDOW:
+        oldest = tl.min(tl.where(slot < 0, NOWHERE, slot), 0) - window + 1
+        begin = tl.maximum(oldest - base, 0) // BLOCK_K * BLOCK_K
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q, VALUE_POW2], tl.float32)
+    keys = key + row.to(tl.int64) * key_batch + head.to(tl.int64) * key_head + d[:, None]
+    values = value + row.to(tl.int64) * value_batch + head.to(tl.int64) * value_head + v[None, :]
+    unit = scale if CAP else scale * 1.4426950408889634
+    for start in range(begin, end, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        there = j < count
+        k = tl.load(
+            keys + j[None, :] * key_step, mask=there[None, :] & (d < DIM)[:, None], other=0.0
+        )
+        x = tl.dot(q, k, input_precision=PRECISION) * unit
+        if CAP:
+            x = softcap - 2 * softcap / (tl.exp2(x / softcap * 2.885390081777927) + 1)
+            x = x * 1.4426950408889634
+        place = tl.load(places + row * place_row + j, mask=there, other=-1)
+        place = tl.where(place < 0, NOWHERE, place)
+        seen = place[None, :] <= slot[:, None]
+        if WINDOW:
+            seen &= place[None, :] > slot[:, None] - window
+        x = tl.where(seen, x, float("-inf"))
+        grown = tl.maximum(peak, tl.max(x, 1))
+        ground = tl.where(grown == float("-inf"), 0.0, grown)
+        p = tl.exp2(x - ground[:, None])
+        decay = tl.exp2(peak - ground)
+        y = tl.load(
+            values + j[:, None] * value_step, mask=there[:, None] & (v < VALUE_DIM)[None, :],
+            other=0.0,
+        )  # fmt: skip
+        total = tl.dot(p.to(y.dtype), y, total * decay[:, None], input_precision=PRECISION)
+        mass = mass * decay + tl.sum(p, 1)
+        peak = grown
+    result = total * tl.where(mass > 0, 1.0 / mass, 0.0)[:, None]
+    at = ((row.to(tl.int64) * steps + i[:, None]) * heads * rep + query_id) * VALUE_DIM + v[None, :]
+    inside = (i < steps)[:, None] & (v < VALUE_DIM)[None, :]
+    tl.store(output + at, result.to(output.dtype.element_ty), mask=inside)
+    log = tl.where(mass > 0, (peak + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
+    tl.store(output_lse + (row * heads * rep + query_id) * steps + i, log, mask=i < steps)
+
+
+@triton.jit
+def combine_kernel(
+    a, a_lse, b, b_lse, sink_logits, output, output_lse, heads, steps,
+    a_batch, a_head, a_step, b_batch, b_head, b_step, out_batch, out_head, out_step,
+    DIM: tl.constexpr, DIM_POW2: tl.constexpr, BOTH: tl.constexpr, LOGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Attention over two disjoint sets of keys from the attention over each, and sink logits.
+
+    Grid (blocks of queries, batch * query heads). ``output`` may be ``a``; log-sum-exps are
+    natural, [B, Hq, S].
+    """
+    row = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DIM_POW2)[None, :]
+    inside = (i < steps)[:, None] & (d < DIM)
+    step = i[:, None].to(tl.int64)
+    row_of = tl.program_id(1).to(tl.int64) * steps + i
+    x_lse = tl.load(a_lse + row_of, mask=i < steps, other=float("-inf"))
+    peak = x_lse
+    if BOTH:
+        y_lse = tl.load(b_lse + row_of, mask=i < steps, other=float("-inf"))
+        peak = tl.maximum(peak, y_lse)
+    if LOGITS:
+        logit = tl.load(sink_logits + head).to(tl.float32)
+        peak = tl.maximum(peak, logit)
+    ground = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp(x_lse - ground)
+    mass = weight
+    x = tl.load(a + row * a_batch + head * a_head + step * a_step + d, mask=inside, other=0.0)
+    total = x.to(tl.float32) * weight[:, None]
+    if BOTH:
+        weight = tl.exp(y_lse - ground)
+        mass += weight
+        y = tl.load(b + row * b_batch + head * b_head + step * b_step + d, mask=inside, other=0.0)
+        total += y.to(tl.float32) * weight[:, None]
+    if LOGITS:
+        mass += tl.exp(logit - ground)
+    result = total * tl.where(mass > 0, 1.0 / mass, 0.0)[:, None]
+    at = output + row * out_batch + head * out_head + step * out_step + d
+    tl.store(at, result.to(output.dtype.element_ty), mask=inside)
+    log = tl.where(mass > 0, ground + tl.log(mass), float("-inf"))
+    tl.store(output_lse + row_of, log, mask=i < steps)
