@@ -61,7 +61,7 @@ def dynamic(job: Job) -> Iterator[Row | None]:
     yield None
     for batch, tokens in job.settings:
         yield _dense(job, model, DynamicCache(config=model.config), batch, tokens)
-        _release()
+        release()
 
 
 def static(job: Job) -> Iterator[Row | None]:
@@ -98,7 +98,7 @@ def quantised(job: Job) -> Iterator[Row | None]:
             except Exception as error:
                 yield _row(job, batch, tokens) | name | {"error": failure(error)}
             cache = None
-            _release()
+            release()
 
 
 def backends() -> dict[str, dict[str, Any]]:
@@ -131,14 +131,14 @@ def ours(job: Job) -> Iterator[Row | None]:
     for batch, tokens in job.settings:
         for row in _ours(job, model, batch, tokens):
             yield row | optimising
-        _release()
+        release()
 
 
 def _ours(job: Job, model: Any, batch: int, tokens: int) -> Iterator[Row]:
     """One setting; nothing of its cache is left when it ends."""
     import kvquant_compile
 
-    _reset_peak()
+    reset_peak()
     cache = kvquant_compile.new_cache(model)
     filled_cache(cache, batch, tokens, job.room)
     filled = {"fill_peak_bytes": peak_bytes(), "cache_bytes": cache.nbytes()}
@@ -176,7 +176,7 @@ def timed(job: Job, batch: int, tokens: int, step: Step) -> Row:
     """Rate of greedy decoding, the model's own ``forward`` once a token, and peak memory."""
     ids = torch.ones(batch, 1, dtype=torch.int64, device=job.device)
     ids = _loop(step, ids, WARM)
-    _reset_peak()
+    reset_peak()
     _synchronise()
     start = time.perf_counter()
     ids = _loop(step, ids, job.steps)
@@ -220,7 +220,8 @@ def peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Begin anew with :func:`peak_bytes`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -230,7 +231,7 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def _release() -> None:
+def release() -> None:
     """Give what a setting has left back to the device."""
     gc.collect()
     if torch.cuda.is_available():
