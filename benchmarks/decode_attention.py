@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import os
 import time
@@ -126,6 +127,10 @@ def main() -> None:
     sizes = [s for s in sizes if not args.tokens or s.tokens in args.tokens]
     names = [n for n in makers() if not args.only or any(part in n for part in args.only)]
     record: dict[str, Any] = {"environment": environment(), "unit": "microseconds", "rows": []}
+    if args.append and args.out and args.out.exists():
+        again = {size.name for size in sizes}
+        old = json.loads(args.out.read_text())["rows"]
+        record["rows"] = [row for row in old if row["size"] not in again]
     read = 0.0
     if device.type == "cuda":
         record["compile_seconds"] = round(compile_all(names, sizes, args.jobs), 1)
@@ -145,6 +150,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--append", action="store_true", help="keep other sizes of the JSON")
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--tokens", type=int, nargs="*", default=[], help="only these lengths")
     parser.add_argument("--only", nargs="*", default=[], help="contenders by part of their name")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import queue
 import threading
@@ -105,21 +106,21 @@ def waves(jobs: Sequence[Job], budget: float) -> list[list[Job]]:
 
 def needed_bytes(job: Job) -> float:
     """Estimate of a job's peak on the device."""
-    bits = _bits(job) if job.contender == "ours" else 16
+    bits = effective_bits(job) if job.contender == "ours" else 16
     largest = max(cache_bytes(job.shape, n, b, bits) for b, n in job.settings)
     layers = SHAPES[job.shape]["num_hidden_layers"]
     copies = 0.0 if job.contender == "ours" else 8 * largest / layers
-    return _weight_bytes(job.shape) + largest + copies + SPARE
+    return weight_bytes(job.shape) + largest + copies + SPARE
 
 
-def _bits(job: Job) -> float:
+def effective_bits(job: Job) -> float:
     """Effective bits an element, with a scale and zero point a value token and the slots."""
     s = job.spec
     extra = 32 + 24 * (s.key_slots + s.value_slots) + 16 * int(s.key_token_scale)
     return (s.key_bits + s.value_bits) / 2 + extra / 256
 
 
-def _weight_bytes(shape: str) -> float:
+def weight_bytes(shape: str) -> float:
     s = SHAPES[shape]
     hidden, heads = s["hidden_size"], s["num_attention_heads"]
     attention = hidden * hidden * (2 + 2 * s["num_key_value_heads"] / heads)
@@ -159,6 +160,8 @@ def main() -> None:
         "environment": environment() | {"transformers_caches": list(backends())},
         "steps": args.steps, "format": args.format, "rows": [],
     }  # fmt: skip
+    if args.append and args.out and args.out.exists():
+        record["rows"] = json.loads(args.out.read_text())["rows"]
     budget = 1e18
     if args.device == "cuda":
         budget = 0.94 * torch.cuda.get_device_properties(0).total_memory
@@ -180,6 +183,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="timed decode steps")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--append", action="store_true", help="keep the rows of the JSON")
     parser.add_argument("--width", type=int, default=140)
     return parser.parse_args()
 

@@ -1,0 +1,165 @@
+"""Rewrites the tables of docs/performance.md from docs/results; nothing in them is typed by hand.
+
+    python -m benchmarks.report            # rewrite
+    python -m benchmarks.report --check    # exit with 1 where a table is not what the JSON says
+
+A table stands between ``<!-- table KIND FILE -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "docs" / "results"
+PEERS = ("cudnn bf16", "flash bf16", "flex bf16")
+MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Record = dict[str, Any]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, the others numbers."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(r) + " |" for r in (head, rule, *rows))
+
+
+def origin(record: Record) -> str:
+    """Where and when a record was measured."""
+    env = record["environment"]
+    names = ("torch", "triton", "transformers")
+    versions = ", ".join(f"{n} {env[n]}" for n in names if n in env)
+    text = f"{env['device']}, {versions}, {env['date']}."
+    if "bandwidth" in record:
+        read, copy = (record["bandwidth"][k] / 1e12 for k in ("read", "copy"))
+        text += f" Bandwidth in this run: {read:.2f} TB/s reading, {copy:.2f} TB/s copying."
+    return " ".join([text, *(f"{note[0].upper()}{note[1:]}." for note in record.get("notes", []))])
+
+
+def best_peer(results: Record) -> tuple[str, float]:
+    """The fastest bfloat16 peer of a row and its microseconds."""
+    times = {name: results[name]["us"] for name in PEERS if "us" in results.get(name, {})}
+    name = min(times, key=times.__getitem__)
+    return name, times[name]
+
+
+def decode(record: Record) -> str:
+    """Microseconds, ratio to the best bfloat16 peer, and TB/s of cache (share of the read rate)."""
+    rows = record["rows"]
+    names = [n for n in dict.fromkeys(n for r in rows for n in r["results"]) if "16" not in n]
+    read = record.get("bandwidth", {}).get("read")
+
+    def cell(result: Record, peer: float) -> str:
+        if "us" not in result:
+            return "failed" if result else ""
+        rate = f"{result['bytes_per_second'] / 1e12:.2f}"
+        share = f" ({100 * result['bytes_per_second'] / read:.0f} %)" if read else ""
+        return f"{result['us']:,.1f} · {peer / result['us']:.2f}x · {rate}{share}"
+
+    lines = []
+    for row in rows:
+        name, peer = best_peer(row["results"])
+        first = f"{peer:,.1f} ({name})"
+        lines.append([row["size"], first, *(cell(row["results"].get(n, {}), peer) for n in names)])
+    head = ["query/kv heads x tokens", "best bf16 peer", *names]
+    return markdown(head, lines)
+
+
+def peers(record: Record) -> str:
+    """Microseconds of every 16-bit peer."""
+    names = [n for n in record["rows"][0]["results"] if "16" in n]
+    lines = (
+        [row["size"], *(f"{row['results'][n]['us']:,.1f}" if "us" in row["results"].get(n, {})
+                        else "failed" for n in names)]
+        for row in record["rows"]
+    )  # fmt: skip
+    return markdown(["query/kv heads x tokens", *names], lines)
+
+
+def model(record: Record) -> str:
+    """Tokens per second and memory of whole decode steps."""
+    lines = []
+    done = [row for row in record["rows"] if "ms" in row]
+    for row in sorted(done, key=lambda r: (r["shape"], r["batch"], r["tokens"], r["ms"])):
+        same = [r for r in done if all(r[k] == row[k] for k in ("shape", "batch", "tokens"))]
+        theirs = [r["ms"] for r in same if r["contender"] in ("static", "dynamic")]
+        lines.append([
+            f"{row['shape']}, {row['contender']}", f"{row['batch']} x {row['tokens']:,}",
+            f"{row['ms']:.2f}", f"{row['tokens_per_second']:,.1f}",
+            f"{min(theirs) / row['ms']:.2f}x" if theirs else "",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+            f"{row['cache_bytes'] / 1e9:.2f}" if "cache_bytes" in row
+            else f"{row['dense_cache_bytes'] / 1e9:.2f} at 16 bits",
+        ])  # fmt: skip
+    head = ["model", "batch x context", "ms a step", "tokens/s", "over the original's best",
+            "peak GB", "cache GB"]  # fmt: skip
+    return markdown(head, lines)
+
+
+def prefill(record: Record) -> str:
+    """Seconds to the first token, and the ratio to the original."""
+    lines = []
+    for row in record["rows"]:
+        original = row["results"]["original"].get("seconds")
+        for name, result in row["results"].items():
+            if "seconds" not in result:
+                lines.append([name, f"{row['tokens']:,}", "failed", "", ""])
+                continue
+            ratio = f"{result['seconds'] / original:.3f}" if original else ""
+            lines.append([
+                name, f"{row['tokens']:,}", f"{result['seconds']:.3f}", ratio,
+                f"{result['peak_bytes'] / 1e9:.1f}",
+            ])  # fmt: skip
+    return markdown(["model", "prompt", "seconds", "over the original", "peak GB"], lines)
+
+
+def compiling(record: Record) -> str:
+    """Seconds of every stage with empty and warm kernel caches."""
+    cold, warm = record["cold"], record["warm"]
+    table = markdown(
+        ["stage", "empty cache, s", "warm, s"],
+        ([name, f"{cold[name]:.2f}", f"{warm[name]:.2f}"] for name in cold),
+    )
+    count = sum(record["kernels"].values())
+    return f"{table}\n\n{count} kernels compiled for {record['layers']} layers."
+
+
+KINDS: dict[str, Callable[[Record], str]] = {
+    "decode": decode, "peers": peers, "model": model, "prefill": prefill, "compile": compiling,
+}  # fmt: skip
+
+
+def section(kind: str, name: str, folder: Path = RESULTS) -> str:
+    """The text of one marked section."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet.\n"
+    record = json.loads(path.read_text())
+    return f"{KINDS[kind](record)}\n\n{origin(record)}\n"
+
+
+def rewritten(page: str, folder: Path = RESULTS) -> str:
+    """A page with all its tables anew."""
+    return MARKED.sub(lambda m: m[1] + section(m[2], m[3], folder) + m[4], page)
+
+
+def main() -> None:
+    """Rewrite or check docs/performance.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    before = PAGE.read_text()
+    after = rewritten(before)
+    if parser.parse_args().check:
+        sys.exit(int(before != after))
+    PAGE.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

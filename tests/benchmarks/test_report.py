@@ -1,0 +1,105 @@
+"""The tables of docs/performance.md are what the recorded results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+DECODE: dict[str, Any] = {
+    "environment": {"device": "a device", "torch": "1.2", "date": "2026-01-02"},
+    "bandwidth": {"read": 4e12, "copy": 3e12},
+    "notes": ["something to know"],
+    "rows": [
+        {
+            "size": "32/8 x 1M",
+            "results": {
+                "cudnn fp16": {"us": 99.0},
+                "cudnn bf16": {"us": 120.0},
+                "flash bf16": {"us": 100.0},
+                "flex bf16": {"error": "no"},
+                "fp8": {"us": 80.0, "bytes_per_second": 2e12},
+                "3 bit": {"us": 25.0, "bytes_per_second": 3e12},
+                "2 bit": {"error": "no"},
+            },
+        }
+    ],
+}
+
+
+def test_the_page_shows_the_recorded_results() -> None:
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.rewritten(page) == page, "run python -m benchmarks.report"
+    names = [path.stem for path in report.RESULTS.glob("decode-*.json")]
+    assert names
+    assert all(f"<!-- table decode {name} -->" in page for name in names)
+
+
+def test_every_marker_names_a_kind_there_is() -> None:
+    page = report.PAGE.read_text(encoding="utf-8")
+    kinds = [match[1] for match in report.MARKED.findall(page)]
+    assert len(kinds) == page.count("<!-- table ") == page.count("<!-- end -->")
+    assert set(kinds) <= set(report.KINDS)
+
+
+def test_ratios_are_against_the_fastest_bfloat16_peer(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(DECODE))
+    text = report.section("decode", "x", tmp_path)
+    assert "| 32/8 x 1M | 100.0 (flash bf16) | 80.0 · 1.25x · 2.00 (50 %) |" in text
+    assert "25.0 · 4.00x · 3.00 (75 %) | failed |" in text
+    assert "a device, torch 1.2, 2026-01-02." in text
+    assert "4.00 TB/s reading, 3.00 TB/s copying. Something to know." in text
+    assert "fp16" not in text
+    peers = report.section("peers", "x", tmp_path)
+    assert "| 32/8 x 1M | 99.0 | 120.0 | 100.0 | failed |" in peers
+
+
+def test_a_rewritten_page_keeps_everything_else(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(DECODE))
+    first, second = "<!-- table decode x -->\nold\n", "<!-- table model y -->\n"
+    page = f"before\n{first}<!-- end -->\nafter\n{second}<!-- end -->\n"
+    once = report.rewritten(page, tmp_path)
+    assert once.startswith("before\n<!-- table decode x -->\n| query")
+    assert "old" not in once
+    assert "<!-- end -->\nafter\n<!-- table model y -->\nNot measured yet.\n<!-- end -->\n" in once
+    assert report.rewritten(once, tmp_path) == once
+
+
+def test_steps_are_compared_with_the_original_at_the_same_size(tmp_path: Path) -> None:
+    def row(contender: str, tokens: int, ms: float, **more: Any) -> dict[str, Any]:
+        return {"shape": "s", "contender": contender, "batch": 1, "tokens": tokens, "ms": ms,
+                "tokens_per_second": 1e3 / ms, "peak_bytes": 2e9, "dense_cache_bytes": 1e9,
+                **more}  # fmt: skip
+
+    rows = [row("ours", 10, 2.0, cache_bytes=3e8), row("static", 10, 5.0),
+            row("dynamic", 10, 4.0), row("static", 99, 1.0),
+            {"contender": "quantised", "error": "no"}]  # fmt: skip
+    record = {"environment": DECODE["environment"], "rows": rows}
+    (tmp_path / "m.json").write_text(json.dumps(record))
+    text = report.section("model", "m", tmp_path)
+    assert "| s, ours | 1 x 10 | 2.00 | 500.0 | 2.00x | 2.0 | 0.30 |" in text
+    assert "| s, static | 1 x 10 | 5.00 | 200.0 | 0.80x | 2.0 | 1.00 at 16 bits |" in text
+
+
+@pytest.mark.parametrize(("kind", "name"), [("prefill", "p"), ("compile", "c")])
+def test_other_tables(kind: str, name: str, tmp_path: Path) -> None:
+    environment = DECODE["environment"]
+    records: dict[str, Any] = {
+        "p": {"environment": environment, "rows": [{"tokens": 32768, "results": {
+            "original": {"seconds": 2.0, "peak_bytes": 2e10},
+            "ours": {"seconds": 2.1, "peak_bytes": 1e10}}}]},
+        "c": {"environment": environment, "layers": 32, "kernels": {"a": 1, "b": 2},
+              "cold": {"optimise": 8.0}, "warm": {"optimise": 4.0}},
+    }  # fmt: skip
+    (tmp_path / f"{name}.json").write_text(json.dumps(records[name]))
+    text = report.section(kind, name, tmp_path)
+    expected = {
+        "p": "| ours | 32,768 | 2.100 | 1.050 | 10.0 |",
+        "c": "| optimise | 8.00 | 4.00 |",
+    }
+    assert expected[name] in text
+    assert name == "p" or "3 kernels compiled for 32 layers." in text
