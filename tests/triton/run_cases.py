@@ -95,6 +95,12 @@ PREFILL = {
     "half, d128": replace(
         CHUNK, dims=(128, 128), rope=half_rope(128, 128), spec=ONE_OF_EACH, dtype=torch.float16
     ),
+    "half, ragged, softcap": replace(
+        CHUNK, dtype=torch.float16, rep=4, lengths=(150, 64), softcap=5.0
+    ),
+    "half, first prompt": replace(CHUNK, dtype=torch.float16, lengths=(0, 0), rep=4),
+    "bfloat16": replace(CHUNK, dtype=torch.bfloat16, rep=2),
+    "bfloat16, not exact": replace(CHUNK, dtype=torch.bfloat16, exact=False),
 }
 FLASH = {
     name: PREFILL[name]
@@ -131,7 +137,8 @@ def check(name: str, case: Case) -> bool:
     gap = (lse.double() - expected_lse)[there].abs().max() if there.any() else torch.zeros(())
     padding = output[~real]
     clean = bool((padding == 0).all())
-    good = error <= TOLERANCE and float(gap) < 5e-3 * max(1.0, case.sharpness) and clean
+    tolerance = TOLERANCE * (4 if case.dtype == torch.bfloat16 else 1)
+    good = error <= tolerance and float(gap) < 2.5 * tolerance * max(1.0, case.sharpness) and clean
     mark = "" if good else "  <-- wrong"
     print(f"{name:24s} error {error:.1e} lse {float(gap):.1e} {seconds:5.1f} s{mark}", flush=True)
     return good
@@ -180,6 +187,8 @@ def main(part: str, device: str = "cpu") -> int:
         prefill.BLOCK_TOKENS = PAGE_TOKENS
     if part == "flash":
         prefill.device_flash = plain_flash
+    if device == "cpu":  # Triton's interpreter multiplies the bits of bfloat16 matrices as integers
+        cases = {name: case for name, case in cases.items() if case.dtype != torch.bfloat16}
     good = [check(name, replace(case, device=torch.device(device))) for name, case in cases.items()]
     assert part != "flash" or set(FLASH_CALLS) == {False, True}, "the stand-in was not called"
     return len(good) - sum(good)

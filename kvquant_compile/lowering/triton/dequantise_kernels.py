@@ -164,6 +164,30 @@ def key_kernel(
 
 
 @triton.jit
+def _value_levels(
+    words, table, token, stored, DIM: tl.constexpr, DIM_POW2: tl.constexpr,
+    CHANNELS: tl.constexpr, BITS: tl.constexpr, PER_LANE: tl.constexpr, WIDTH: tl.constexpr,
+    APART: tl.constexpr,
+):  # fmt: skip
+    """Levels [N, DIM_POW2] of all channels: ``token`` [N, 1] in its page."""
+    two = tl.arange(0, DIM_POW2 // 2)[None, :]  # neighbouring channels lie in one word
+    index = two % (CHANNELS // 16) * 2 + token // 2 % 2
+    if APART:
+        section = token // 32
+    else:
+        section = 0
+        index += token // 32 * (CHANNELS // 8)
+    lane = 4 * (two // (CHANNELS // 16)) + token % 32 // 8
+    shift = token // 4 % 2 * 8 + token % 2 * 4
+    live = stored & (2 * two < DIM)
+    a = _levels(words, table, section, lane, index // 4, index % 4, shift, live, BITS, PER_LANE,
+                WIDTH)  # fmt: skip
+    b = _levels(words, table, section, lane, index // 4, index % 4, shift + 16, live, BITS,
+                PER_LANE, WIDTH)  # fmt: skip
+    return tl.join(a, b).reshape([token.shape[0], DIM_POW2])
+
+
+@triton.jit
 def value_kernel(
     values, limit, table, addresses, levels, gain, offset, sinks,
     heads, first, block, table_row, page_bytes,
@@ -188,19 +212,10 @@ def value_kernel(
         token = slot % 64
         c = tl.arange(0, DIM_POW2)[None, :]
         known = c < DIM
-        live = (slot < stored)[:, None] & known
-        n = token[:, None]
-        g, within = c // (CHANNELS // 8), c % (CHANNELS // 8)
-        index = within // 2 * 2 + n // 2 % 2
-        if APART:
-            section = n // 32
-        else:
-            section = 0
-            index += n // 32 * (CHANNELS // 8)
-        x = _levels(
+        x = _value_levels(
             address.to(tl.pointer_type(tl.int32)) + CODES // 4, levels + head * (1 << BITS),
-            section, 4 * g + n % 32 // 8, index // 4, index % 4,
-            within % 2 * 16 + n // 4 % 2 * 8 + n % 2 * 4, live, BITS, PER_LANE, WIDTH,
+            token[:, None], slot[:, None] < stored, DIM, DIM_POW2, CHANNELS, BITS, PER_LANE,
+            WIDTH, APART,
         )  # fmt: skip
         at = halves + SCALE // 2 + 2 * token
         x = x * tl.load(at).to(tl.float32)[:, None] + tl.load(at + 1).to(tl.float32)[:, None]
