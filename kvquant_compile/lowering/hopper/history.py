@@ -1,0 +1,122 @@
+"""The source of the Hopper kernel: attention to the pages of one kv head, flash decoding.
+
+A program works on one sequence, one kv head, one tile of query columns and, with the other
+splits, on all pages. Every warp takes whole pages, on its own, as they come: bulk copies into
+shared memory, codes to matrix fragments in registers, two kinds of products, a running softmax.
+"""
+
+from __future__ import annotations
+
+from kvquant_compile.lowering.hopper.epilogue import EpilogueEmitter
+from kvquant_compile.lowering.hopper.keys import KeyEmitter
+from kvquant_compile.lowering.hopper.queries import QueryEmitter
+from kvquant_compile.lowering.hopper.ring import RingEmitter
+from kvquant_compile.lowering.hopper.slots import KeySlotEmitter, ValueSlotEmitter
+from kvquant_compile.lowering.hopper.spec import HopperSpec, Memory
+from kvquant_compile.lowering.hopper.values import ValueEmitter
+from kvquant_compile.lowering.hopper.visibility import VisibilityEmitter
+from kvquant_compile.lowering.hopper.writer import KernelWriter
+
+_HEAD = '''"""Generated: attention over {layout} pages; {name}."""
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+'''
+
+_SIGNATURE = """
+@gluon.jit(do_not_specialize=["window", "rep", "steps", "slot_row", "table_row", "position_row"])
+def {name}(
+    query, query_order, slots, history, table, positions, addresses, constants, frequencies,
+    rope_scale, key_unit, gain, offset, counters, partial, partial_lse,
+    scale, softcap, window, heads, rep, steps, query_batch, query_head, query_step, table_row,
+    position_row, slot_row, page_bytes, EXACT: gl.constexpr, SINKS: gl.constexpr,
+):
+"""
+
+
+def hopper_source(spec: HopperSpec) -> str:
+    """Gluon source of one kernel; a function named ``spec.name``."""
+    out = KernelWriter()
+    with out.block(""):
+        _write_body(out, spec)
+    head = _HEAD.format(layout=spec.layout, name=spec.name)
+    return head + out.constants() + _SIGNATURE.format(name=spec.name) + out.text().lstrip("\n")
+
+
+def _write_body(out: KernelWriter, spec: HopperSpec) -> None:
+    memory = Memory(spec)
+    ring, visibility = RingEmitter(spec, memory), VisibilityEmitter(spec, memory)
+    queries, keys = QueryEmitter(spec, memory), KeyEmitter(spec, memory)
+    key_slots, value_slots = KeySlotEmitter(spec, memory), ValueSlotEmitter(spec, memory)
+    values = ValueEmitter(spec, memory, value_slots)
+    level = spec.explicit < spec.key_groups  # some pairs leave a constant for every page
+    _write_frame(out, spec, memory)
+    visibility.prologue(out)
+    ring.prologue(out)
+    queries.prologue(out)
+    out.ptx("bar.sync 0;", ["_"], ["lz"], name="BARRIER")
+    ring.wait(out, "ready", "0")
+    keys.prologue(out)
+    key_slots.prologue(out)
+    values.prologue(out)
+    if not spec.rotates:
+        key_slots.store_queries(out)
+        keys.page_constants(out)
+    out("", "phase = turn * 0")
+    with out.block("while turn < units:"):
+        ring.wait(out, "arrival", "phase")
+        visibility.page(out)
+        if spec.rotates:
+            queries.page(out)
+            key_slots.store_queries(out)
+            keys.page_constants(out)
+        ring.advance(out)
+        ring.find(out, "upcoming")
+        keys.scores(out, 0)
+        key_slots.add(out, 0)
+        ring.locate(out, "upcoming")
+        keys.scores(out, 1)
+        key_slots.add(out, 1)
+        ring.copy_keys(out, "(upcoming < units) & (again == 0)")
+        ring.wait(out, "arrival + 8", "phase")
+        values.load_tokens(out)
+        visibility.mask(out)
+        values.softmax(out, level)
+        values.accumulate(out, 0)
+        ring.draw(out, "1 - again")
+        values.accumulate(out, 1)
+        ring.copy_values(out, "(upcoming < units) & (again == 0)")
+        values.finish(out)
+        out("turn = gl.where(again != 0, turn, upcoming)", "phase = gl.where(again != 0, phase, phase ^ 1)")
+    if value_slots.count:
+        value_slots.flush(out)
+    EpilogueEmitter(spec, memory).write(out)
+    out(
+        "# never true: keeps the shared memory alive to the end",
+        "gl.store(counters + tid, own_row.load(LANES), mask=tid < (splits >> 31))",
+    )
+
+
+def _write_frame(out: KernelWriter, spec: HopperSpec, memory: Memory) -> None:
+    threads = 32 * spec.warps
+    rows = -(-memory.size // (4 * threads))  # and one more, of which only Triton knows
+    out(
+        f"LANES: gl.constexpr = gl.BlockedLayout([1], [32], [{spec.warps}], [0])",
+        "FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])",
+        f"shared_memory = gl.allocate_shared_memory(gl.int32, [{rows + 1}, {threads}], FLAT)",
+        f"tid = gl.arange(0, {threads}, layout=LANES)",
+        f"own_row = shared_memory.index({rows})",
+        "own_row.store(tid)",
+        "lane = tid & 31", "g = lane >> 2", "t = lane & 3", "lz = tid * 0",
+        "zero = lz.to(gl.float32)",
+        "middle = (g * 4).to(gl.float32) * 0.03125 - 1.0",
+        "row = gl.program_id(0) // heads", "head = gl.program_id(0) % heads",
+        "split = gl.program_id(1)", "splits = gl.num_programs(1)",
+        "tile = gl.program_id(2)", "tiles = gl.num_programs(2)",
+    )  # fmt: skip
+    out.ptx("mov.u32 $0, global_smem;", ["shared"], ["split"], name="SHARED")
+    text = ".reg .b32 x; mov.u32 x, %tid.x; shr.u32 x, x, 5; shfl.sync.idx.b32 $0, x, 0, 31, -1;"
+    out.ptx(text, ["warp"], ["split"], name="WARP")
+    text = ".reg .b32 kvq_flag; mov.u32 kvq_flag, 0;"
+    out.ptx(text, ["_"], ["lz"], scoped=False, name="DECLARE_FLAG")
