@@ -12,6 +12,7 @@ from kvquant_compile.api import (
     optimize,
     restore,
     sample_calibration,
+    use_cuda_graphs,
 )
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.errors import (
@@ -47,4 +48,5 @@ __all__ = [
     "quantised_attention",
     "restore",
     "sample_calibration",
+    "use_cuda_graphs",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +15,13 @@ from kvquant_compile.calib.calibrate import CalibrationOptions, calibrate
 from kvquant_compile.calib.data import WindowSettings, sample_windows
 from kvquant_compile.capture import capture
 from kvquant_compile.capture.cleanup import evaluation_mode
-from kvquant_compile.config import Bits, FormatOptions
+from kvquant_compile.codec.algebra import Recipe
+from kvquant_compile.config import Bits
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
-from kvquant_compile.inspect.report import Report, build_report
+from kvquant_compile.inspect.report import Report, build_report, describe_decode
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
+from kvquant_compile.recipes.choice import Choice, choose, stored_layers
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.plugback import (
     ATTRIBUTE,
@@ -38,6 +41,7 @@ def optimize(
     model: Model,
     bits: Bits | Mapping[int, Bits] | None = None,
     *,
+    recipe: str | Recipe | Callable[..., Recipe] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     slots: int | None = None,
@@ -48,6 +52,7 @@ def optimize(
     windows: int | None = None,
     sensitivity: str = "fisher",
     attend_quantized: bool = False,
+    cuda_graphs: bool = True,
     progress: bool | None = None,
 ) -> Model:
     """Store a decoder's KV cache in a few bits; ``generate`` and ``forward`` go on working.
@@ -59,7 +64,11 @@ def optimize(
         model: a transformers causal LM, or an ``nn.Module`` with
             ``forward(ids, past) -> (logits, past)``.
         bits: width of keys and values, 1..8, or 16 for lossless storage; a pair
-            (key_bits, value_bits); or cache layer -> either. None: 3, or the artifact's.
+            (key_bits, value_bits); or cache layer -> either. None: 3, the recipe's own, or the
+            artifact's.
+        recipe: how they are stored: "kvquant+" (the default), a published method ("kvquant",
+            "kivi", "rotatekv", "qserve", "gear", "rvq", "fp8", "int"), a
+            :class:`kvquant_compile.recipes.Recipe`, or a function of the widths that returns one.
         calibration: None (the model samples its own text), texts with ``tokenizer``, token
             tensors, an iterable of these, or a saved artifact (object or ``*.safetensors``
             path).
@@ -74,6 +83,8 @@ def optimize(
         sensitivity: "fisher" (squared gradients of the loss) or "none" (no backward pass).
         attend_quantized: every token, the current step's own included, attends to quantised
             keys and values only. Slower and a little less accurate; what evaluation needs.
+        cuda_graphs: on a GPU, run a decode step as one CUDA graph wherever that is possible
+            (``explain`` says where not); see :func:`use_cuda_graphs`.
         progress: show progress bars; None shows them on a terminal.
 
     Returns:
@@ -85,26 +96,30 @@ def optimize(
     _refuse_optimised(model)
     given = _given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
-    form = FormatOptions.make(bits, slots, sinks)
-    if given is not None and (bits, slots, sinks) != (None, None, None):
-        _check_asked(form, given)
+    choice = choose(recipe, bits, slots, sinks)
+    if given is not None and choice.asked:
+        _check_asked(choice, given)
+    options = choice.calibration(options)
     # Gradients are needed in calibration, whatever mode the caller is in.
     with torch.inference_mode(False), evaluation_mode(model), Progress(progress) as bar:
         bar.stage("capture")
         captured = capture(model, example_inputs)
         bar.stage("recognise and prove")
         layers = recognise(captured)
+        specs = choice.formats([layer.plan.index for layer in layers])
+        layers = stored_layers(layers, specs if given is None else given.specs)
         _check_refusals(layers, strict)
-        specs = form.specs([layer.plan.index for layer in layers])
         bar.stage("validate (lossless)")
         errors = validate_lossless(captured, layers)
         if given is None:
             given = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
+            given = dataclasses.replace(given, details={"recipe": choice.name, **given.details})
         specs, tables = given.for_model(captured, layers)
         bar.stage("rewrite")
         program = build_program(captured, layers, specs, tables)
     report = build_report(captured, layers, program, errors, given)
     state = Installed(program, captured, layers, given, report, attend_quantized)
+    state.cuda_graphs = cuda_graphs
     install(model, state, output_type(captured))
     return model
 
@@ -151,7 +166,17 @@ def explain(model: nn.Module) -> Report:
     Raises:
         OptionError: it is not optimised.
     """
-    return installed(model).report
+    state = installed(model)
+    return dataclasses.replace(state.report, decode_step=describe_decode(state.decode.refusal))
+
+
+def use_cuda_graphs(model: nn.Module, enabled: bool = True) -> None:
+    """Switch CUDA graphs for decode steps on or off; captured ones are dropped either way.
+
+    Raises:
+        OptionError: it is not optimised.
+    """
+    installed(model).cuda_graphs = enabled
 
 
 def artifact(model: nn.Module) -> Artifact:
@@ -196,13 +221,13 @@ def _given_artifact(calibration: Any) -> Artifact | None:
     return None
 
 
-def _check_asked(form: FormatOptions, artifact: Artifact) -> None:
+def _check_asked(choice: Choice, artifact: Artifact) -> None:
     """An artifact has its format; asking for another beside it must not be ignored."""
-    if form.specs(list(artifact.specs)) != artifact.specs:
+    if choice.formats(list(artifact.specs)) != artifact.specs:
         raise OptionError(
             "the artifact has another format than was asked for",
-            why="its tables were fitted for its own bits, slots and sinks",
-            do="Leave bits, slots and sinks out to use the artifact's, or calibrate anew.",
+            why="its tables were fitted for its own recipe, bits, slots and sinks",
+            do="Leave recipe, bits, slots and sinks out to use the artifact's, or calibrate anew.",
         )
 
 
@@ -225,4 +250,12 @@ def _check_refusals(layers: Sequence[MatchedLayer], strict: bool) -> None:
     warnings.warn(f"kvquant_compile: {error}", stacklevel=3)
 
 
-__all__ = ["artifact", "explain", "new_cache", "optimize", "restore", "sample_calibration"]
+__all__ = [
+    "artifact",
+    "explain",
+    "new_cache",
+    "optimize",
+    "restore",
+    "sample_calibration",
+    "use_cuda_graphs",
+]

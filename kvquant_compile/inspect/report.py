@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.algebra.layout import BlockLayout
+from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.spec import PAGE_TOKENS
-from kvquant_compile.lowering.triton.dispatch import kernel_name
+from kvquant_compile.lowering.triton.dispatch import kernel_name, refusal
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import LayerPlan
 from kvquant_compile.runtime.program import Program
@@ -31,10 +33,13 @@ class LayerReport:
         proof: how the rotation was established.
         source: line of the model that rotates.
         window, softcap: of the attention; 0 for none.
-        key_bits, value_bits, slots: of the format.
+        recipe: name of the format.
+        key_bits, value_bits: width of a code; of a recipe made of blocks, its own effective bits.
+        slots: outlier slots of keys and values; "-" for such a recipe.
         effective_bits: of a full page, everything included.
         bytes_per_token: packed, one sequence; ``reference_bytes`` at the model's own dtype.
-        kernel: what runs.
+        implementation: "generated kernel" or "reference op".
+        kernel: which of them, and why.
         refusal: why keys are not stored before RoPE, if they are not.
         certificate: the proof's evidence.
     """
@@ -49,12 +54,14 @@ class LayerReport:
     source: str
     window: int
     softcap: float
-    key_bits: int
-    value_bits: int
+    recipe: str
+    key_bits: float
+    value_bits: float
     slots: str
     effective_bits: float
     bytes_per_token: float
     reference_bytes: int
+    implementation: str
     kernel: str
     refusal: str
     certificate: Mapping[str, Any]
@@ -72,6 +79,7 @@ class Report:
         validation: case -> relative error of the lossless rewrite against the original.
         calibration: where tables came from and how long each stage took.
         sinks: exact leading tokens.
+        decode_step: how a step of one token per sequence runs.
     """
 
     model: str
@@ -82,6 +90,7 @@ class Report:
     validation: Mapping[str, float]
     calibration: Mapping[str, Any]
     sinks: int
+    decode_step: str = ""
 
     @property
     def effective_bits(self) -> float:
@@ -118,12 +127,13 @@ class Report:
         proof = f"lossless rewrite against the original: worst relative error {worst:.1e}"
         shown = {k: v for k, v in self.calibration.items() if k != "fit"}
         origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in shown.items())
-        return Group(Text(head, style="bold"), self._table(), Text(proof), Text(origin))
+        lines = [proof, origin, *([f"decode step: {self.decode_step}"] if self.decode_step else [])]
+        return Group(Text(head, style="bold"), self._table(), *map(Text, lines))
 
     def _table(self) -> Table:
         table = Table(show_edge=False, pad_edge=False)
-        names = ("layers", "heads q/kv", "dim", "RoPE", "proof", "mask", "K/V bits", "slots",
-                 "eff. bits", "B/token", "runs")  # fmt: skip
+        names = ("layers", "heads q/kv", "dim", "RoPE", "proof", "mask", "recipe", "K/V bits",
+                 "slots", "eff. bits", "B/token", "runs")  # fmt: skip
         for name in names:
             table.add_column(name)
         for group in _runs(self.layers):
@@ -163,17 +173,24 @@ def _cells(group: list[LayerReport]) -> tuple[str, ...]:
         first.rope,
         first.proof,
         mask + (f", cap {first.softcap:g}" if first.softcap else ""),
-        f"{first.key_bits}/{first.value_bits}",
+        first.recipe,
+        f"{first.key_bits:.4g}/{first.value_bits:.4g}",
         first.slots,
         f"{first.effective_bits:.3f}",
         f"{first.bytes_per_token:.1f}",
-        first.kernel,
+        f"{first.implementation}: {first.kernel}",
     )
 
 
-def layer_report(plan: LayerPlan, layout: PageLayout, kernel: str) -> LayerReport:
+def describe_decode(refusal: str) -> str:
+    """How decode steps run; ``refusal`` is why not as a CUDA graph."""
+    return f"eager, no CUDA graph: {refusal}" if refusal else "CUDA graph"
+
+
+def layer_report(plan: LayerPlan, layout: Layout, recipe: str, device: torch.device) -> LayerReport:
     """The report of one layer."""
-    site, spec, cert = plan.attends[0], layout.spec, plan.certificate
+    site, cert = plan.attends[0], plan.certificate
+    key_bits, value_bits, slots = _widths(layout)
     reference = plan.kv_heads * (plan.key_dim + plan.value_dim) * layout.itemsize
     return LayerReport(
         index=plan.index,
@@ -186,25 +203,44 @@ def layer_report(plan: LayerPlan, layout: PageLayout, kernel: str) -> LayerRepor
         source=str(cert.get("source", "")),
         window=site.window,
         softcap=site.softcap,
-        key_bits=spec.key_bits,
-        value_bits=spec.value_bits,
-        slots=f"{spec.key_slots}+{spec.value_slots}",
+        recipe=recipe,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        slots=slots,
         effective_bits=layout.effective_bits,
         bytes_per_token=plan.kv_heads * layout.page_bytes / PAGE_TOKENS,
         reference_bytes=reference,
-        kernel=kernel,
+        implementation="reference op" if refusal(layout, device) else "generated kernel",
+        kernel=kernel_name(layout, device),
         refusal=plan.refusal,
         certificate=dict(cert),
     )
 
 
+def _widths(layout: Layout) -> tuple[float, float, str]:
+    """Key bits, value bits, slots."""
+    if isinstance(layout, BlockLayout):
+        recipe = layout.recipe
+        bits = (recipe.keys.effective_bits(layout.key_dim),
+                recipe.values.effective_bits(layout.value_dim))  # fmt: skip
+        return *bits, "-"
+    spec = layout.spec
+    return spec.key_bits, spec.value_bits, f"{spec.key_slots}+{spec.value_slots}"
+
+
 def _rope(plan: LayerPlan) -> str:
-    if plan.refusal:
+    if plan.refusal or plan.kept is not None:
         return "kept"
     if plan.rope is None:
         return "none"
     turned = 2 * len(plan.rope.in_pairs)
     return f"{plan.rope.pairing} {turned}" + (f"/{plan.key_dim}" if turned < plan.key_dim else "")
+
+
+def _recipe_name(layout: Layout, artifact: Artifact) -> str:
+    if isinstance(layout, BlockLayout):
+        return layout.recipe.name
+    return "lossless" if layout.lossless else str(artifact.details.get("recipe", "kvquant+"))
 
 
 def build_report(
@@ -221,10 +257,10 @@ def build_report(
         dtype=str(program.dtype).removeprefix("torch."),
         device=str(program.device),
         layers=tuple(
-            layer_report(layer.plan, layout, kernel_name(layout, program.device))
+            layer_report(layer.plan, layout, _recipe_name(layout, artifact), program.device)
             for layer, layout in zip(layers, program.layouts, strict=True)
         ),
         validation=dict(validation),
         calibration=artifact.details,
-        sinks=max((layout.spec.sink_tokens for layout in program.layouts), default=0),
+        sinks=max((layout.sink_tokens for layout in program.layouts), default=0),
     )

@@ -15,6 +15,8 @@ Both take the cache as plain tensors, so that graphs can be exported, compiled a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,8 @@ def _append_impl(
     geometry: list[Tensor],
     format: str,
 ) -> None:
-    with torch.no_grad():  # the cache must not drag the step's autograd graph along
+    # The cache must not drag the step's autograd graph along.
+    with torch.no_grad(), _precise(key):
         run = _dispatch.append if _dispatch.use_kernels(key, format) else _append.append
         run(key, value, slots, table, pages, sinks, tables, geometry, format)
 
@@ -75,7 +78,15 @@ def _attend_impl(
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
     site = _attend.Site(scale, softcap, window, sink_logits)
     run = _dispatch.attend if _dispatch.use_kernels(query, format) else _attend.attend
-    return run(query, key, value, slots, history, cache, site, exact_chunk)
+    with _precise(query):
+        return run(query, key, value, slots, history, cache, site, exact_chunk)
+
+
+def _precise(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off: what a page holds is defined by the codec's own precision."""
+    kind = x.device.type
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import AttendPlan
 
 STEP_INPUTS = ("slots", "history", "table", "positions", "exact_chunk")
+# Names of the buffers that hold calibrated constants.
+CONSTANT_PREFIX = "kvquant_"
 _GEOMETRY = ("key_order", "query_order", "frequencies", "rope_scale")
 _TABLES = tuple(LayerTables.__dataclass_fields__)
 
@@ -130,7 +132,7 @@ def _constant_nodes(
     for group, tensors in zip(names, (tables, geometry), strict=True):
         nodes = []
         for name, tensor in zip(group, tensors, strict=True):
-            target = f"kvquant_{index}_{name}"
+            target = f"{CONSTANT_PREFIX}{index}_{name}"
             gm.register_buffer(target, tensor)
             nodes.append(gm.graph.get_attr(target))
         out.append(nodes)

@@ -8,6 +8,11 @@ included.
 A step changes nothing that is visible until :meth:`QuantizedCache.commit`: it writes into slots
 at or above the sequence's length only, so a step that fails in the middle leaves the cache as it
 was.
+
+All device state is changed in place where its shape stays, and ``storage`` is replaced where it
+does not: while ``storage`` is the same object, every tensor has kept its address, and a captured
+device graph may be replayed. A step without padding never waits for the device, apart from one
+comparison of the mask where one is given.
 """
 
 from __future__ import annotations
@@ -18,11 +23,17 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from kvquant_compile.codec.layout import PageLayout, padded
+from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import CacheError
+from kvquant_compile.runtime.columns import Columns
+from kvquant_compile.runtime.layer import QuantizedLayer
+
+# How far beyond the present a reserved cache allocates at once, in tokens of a sequence: a
+# generation that stops early wastes no more, and a long one grows about once in so many steps.
+AHEAD = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,81 +41,16 @@ class Step:
     """One forward pass's view of the cache; shapes as in :mod:`kvquant_compile.lowering.ops`.
 
     Attributes:
-        slots, history: see there.
+        slots: see there.
+        history: see there; the cache's own tensor, which :meth:`QuantizedCache.commit` advances.
         lengths: int32 [B], tokens per sequence once the step is committed.
-        columns: cached columns once the step is committed.
-        valid: bool [B, columns] once committed, or None where nothing is padding.
+        real: which of the step's tokens are no padding, bool [B, S]; None when all are real.
     """
 
     slots: Tensor
     history: Tensor
     lengths: Tensor
-    columns: int
-    valid: Tensor | None
-
-
-class QuantizedLayer(CacheLayerMixin):
-    """One layer's pages. Reading and writing happens in the ops, not through ``update``."""
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, layout: PageLayout, owner: QuantizedCache) -> None:
-        super().__init__()
-        self.layout, self.owner = layout, owner
-        self.slabs: list[Tensor] = []
-        self.sinks: Tensor = torch.empty(0)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: storage comes with the first step."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Refused: full-precision keys and values never exist.
-
-        Raises:
-            CacheError: always.
-        """
-        raise CacheError(
-            "a quantised cache cannot be updated with full-precision keys and values",
-            why="it is filled by the rewritten graph only, which hands it keys before RoPE",
-            do="Pass it to the optimised model, or use transformers' DynamicCache with another.",
-        )
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns after the step, offset)."""
-        return self.owner.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Cached columns, padding included."""
-        return self.owner.columns
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def allocate(self, batch: int, pages: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Add a slab of ``pages`` zeroed pages, and the sinks with the first."""
-        layout = self.layout
-        if not self.slabs:
-            width = padded(layout.key_dim) + layout.value_dim
-            shape = (batch, layout.heads, layout.spec.sink_tokens, width)
-            self.sinks = torch.zeros(shape, dtype=dtype, device=device)
-        # Zeros, not garbage: a NaN in an unused slot would survive its zero softmax weight.
-        shape_pages = (pages, layout.heads, layout.page_bytes)
-        self.slabs.append(torch.zeros(shape_pages, dtype=torch.uint8, device=device))
-
-    def select(self, ids: Tensor, rows: Tensor) -> None:
-        """Keep copies of the pages ``ids`` and of the rows' sinks, in this order."""
-        stacked = self.slabs[0] if len(self.slabs) == 1 else torch.cat(self.slabs)
-        self.slabs = [stacked.index_select(0, ids)]
-        self.sinks = self.sinks.index_select(0, rows)
-
-    def nbytes(self) -> int:
-        """Allocated bytes of this layer."""
-        return sum(slab.nbytes for slab in self.slabs) + self.sinks.nbytes
+    real: Tensor | None
 
 
 class QuantizedCache(Cache):
@@ -132,9 +78,9 @@ class QuantizedCache(Cache):
         """Forget everything and free the pages."""
         for layer in self.pages:
             layer.slabs, layer.sinks = [], torch.empty(0)
-        self.columns, self.batch = 0, 0
-        self.hides = False
-        self.valid: Tensor | None = None
+        self.columns, self.batch, self.reserved = 0, 0, 0
+        self.masks = Columns()
+        self.storage = object()
         self.table = torch.empty(0, 0, dtype=torch.int32, device=self.device)
         self.positions = torch.empty(0, 0, dtype=torch.int32, device=self.device)
         self.lengths = torch.empty(0, dtype=torch.int32, device=self.device)
@@ -147,7 +93,11 @@ class QuantizedCache(Cache):
         """(columns after the step, offset)."""
         return self.columns + query_length, 0
 
-    @torch.inference_mode(False)  # a later step may write outside inference mode
+    def reserve(self, tokens: int) -> None:
+        """Let the next allocation reach for ``tokens`` columns, of which ``generate`` knows that
+        they will come; :data:`AHEAD` of the step's at most, or a sixteenth more."""
+        self.reserved = tokens
+
     def begin(self, positions: Tensor, attention_mask: Tensor | None) -> Step:
         """Prepare a step: allocate its pages and decide where its tokens go.
 
@@ -159,28 +109,63 @@ class QuantizedCache(Cache):
             CacheError: the batch size differs from the cached one, or the mask contradicts
                 what was cached.
         """
-        batch, steps = positions.shape
+        real = self.admit(positions.shape[0], positions.shape[1], attention_mask)
+        return self.place(positions, real)
+
+    @torch.inference_mode(False)  # a later step may write outside inference mode
+    def admit(self, batch: int, steps: int, attention_mask: Tensor | None) -> Tensor | None:
+        """The host's half of :meth:`begin`: check the step and have pages for it.
+
+        Returns:
+            Which of the step's tokens are real, bool [B, S]; None when all are.
+
+        Raises:
+            CacheError: as :meth:`begin`.
+        """
         self._check_batch(batch)
-        columns = self.columns + steps
-        real = self._real_tokens(attention_mask, batch, steps)
-        self._grow(batch, columns)
+        real = None
+        if attention_mask is not None:
+            self._check_mask(attention_mask, batch, steps)
+            mask = attention_mask.to(self.device)
+            real = self.masks.read(mask, self.columns, self.positions)
+        self._grow(batch, self.columns + steps)
+        return real
+
+    @torch.inference_mode(False)
+    def place(self, positions: Tensor, real: Tensor | None = None) -> Step:
+        """The device's half of :meth:`begin`: slots of the step's tokens, and their positions
+        stored. Without padding (``real`` is None) it never waits for the device, and no address
+        and no shape in it depends on how much is cached."""
+        steps = positions.shape[1]
         if real is None:
             slots = self.lengths[:, None] + torch.arange(
                 steps, dtype=torch.int32, device=self.device
             )
-            lengths, valid = self.lengths + steps, self._extended(None, batch, steps)
-        else:
-            rank = real.cumsum(1, dtype=torch.int32) - 1
-            slots = torch.where(real, self.lengths[:, None] + rank, -1)
-            lengths = self.lengths + real.sum(1, dtype=torch.int32)
-            valid = self._extended(real, batch, steps)
-        self._store_positions(slots, positions)
-        return Step(slots, self.lengths, lengths, columns, valid)
+            self.positions.scatter_(1, slots.long(), positions.to(torch.int32))
+            return Step(slots, self.lengths, self.lengths + steps, None)
+        rank = real.cumsum(1, dtype=torch.int32) - 1
+        slots = torch.where(real, self.lengths[:, None] + rank, -1)
+        row, step = real.nonzero(as_tuple=True)
+        self.positions[row, slots[row, step].long()] = positions[row, step].to(torch.int32)
+        return Step(slots, self.lengths, self.lengths + real.sum(1, dtype=torch.int32), real)
 
+    @torch.inference_mode(False)
     def commit(self, step: Step) -> None:
         """Make a step's tokens part of the cache."""
-        self.lengths, self.columns, self.valid = step.lengths, step.columns, step.valid
+        self.advance(step)
+        self.count(step.slots.shape[1], step.real)
 
+    def advance(self, step: Step) -> None:
+        """The device's half of :meth:`commit`."""
+        self.lengths.copy_(step.lengths)
+
+    @torch.inference_mode(False)
+    def count(self, steps: int, real: Tensor | None = None) -> None:
+        """The host's half of :meth:`commit`."""
+        self.masks.add(real, self.columns, steps)
+        self.columns += steps
+
+    @torch.inference_mode(False)
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns (a negative number, or 0).
 
@@ -196,11 +181,9 @@ class QuantizedCache(Cache):
             )
         if count == 0:
             return
-        dropped = self.lengths.new_full((self.batch,), count)
-        if self.valid is not None:
-            dropped = self.valid[:, -count:].sum(1, dtype=torch.int32)
-            self.valid = self.valid[:, :-count]
-        self.lengths, self.columns = self.lengths - dropped, self.columns - count
+        dropped = self.masks.drop(self.columns, count)
+        self.lengths.sub_(count if dropped is None else dropped)
+        self.columns -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i a copy of row ``beam_idx[i]`` (beam search)."""
@@ -220,19 +203,24 @@ class QuantizedCache(Cache):
         ids = self.table[rows].flatten().long()
         for layer in self.pages:
             layer.select(ids, rows)
-        width = self.table.shape[1]
-        self.batch = rows.numel()
-        self.table = torch.arange(self.batch * width, dtype=torch.int32, device=self.device).view(
-            self.batch, width
-        )
-        self.positions, self.lengths = self.positions[rows], self.lengths[rows]
-        self.valid = None if self.valid is None else self.valid[rows]
+        self.masks.select(rows)
+        positions, lengths = self.positions[rows], self.lengths[rows]
+        width, batch = self.table.shape[1], rows.numel()
+        table = torch.arange(batch * width, dtype=torch.int32, device=self.device)
+        if batch != self.batch:
+            self.batch, self.storage = batch, object()
+            self.positions, self.lengths = positions, lengths
+            self.table = table.view(batch, width)
+            return
+        self.positions.copy_(positions)
+        self.lengths.copy_(lengths)
+        self.table.copy_(table.view(batch, width))
 
     def nbytes(self) -> int:
         """Every byte the cache has allocated: pages, exact tokens, block table, positions."""
         shared = (self.table, self.positions, self.lengths)
-        total = sum(t.nbytes for t in shared) + sum(layer.nbytes() for layer in self.pages)
-        return total + (0 if self.valid is None else self.valid.nbytes)
+        total = sum(t.nbytes for t in shared) + self.masks.nbytes()
+        return total + sum(layer.nbytes() for layer in self.pages)
 
     def effective_bits(self) -> float:
         """Allocated bits per cached key or value element, everything counted."""
@@ -250,7 +238,7 @@ class QuantizedCache(Cache):
 
     def _check_batch(self, batch: int) -> None:
         if self.batch == 0:
-            self.batch = batch
+            self.batch, self.storage = batch, object()
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.table = self.table.new_empty(batch, 0)
             self.positions = self.positions.new_empty(batch, 0)
@@ -261,10 +249,7 @@ class QuantizedCache(Cache):
                 do="Use one cache per batch, or batch_repeat_interleave / batch_select_indices.",
             )
 
-    def _real_tokens(self, mask: Tensor | None, batch: int, steps: int) -> Tensor | None:
-        """Which of the step's tokens are no padding, bool [B, S]; None when all are real."""
-        if mask is None:
-            return None
+    def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:
         if mask.shape != (batch, self.columns + steps):
             raise CacheError(
                 f"an attention mask of shape {tuple(mask.shape)} does not fit",
@@ -272,53 +257,13 @@ class QuantizedCache(Cache):
                 f"({batch}, {self.columns + steps})",
                 do="Pass a 2-D mask over cached and new tokens, or none.",
             )
-        seen = mask.to(self.device).bool()
-        self._hide(seen[:, : self.columns])
-        real = seen[:, self.columns :]
-        return None if bool(real.all()) else real
-
-    def _hide(self, seen: Tensor) -> None:
-        """Hide cached tokens that the mask now leaves out (a finished row's fillers, in the next
-        turn) and show those it brings back. A hidden token's position p is stored as -1 - p."""
-        stored = torch.ones_like(seen) if self.valid is None else self.valid
-        if bool((seen & ~stored).any()):
-            raise CacheError(
-                "the attention mask contradicts the cache",
-                why="it marks cached padding as real, and padding is not stored",
-                do="Keep the mask's zeros as they were when the tokens were cached.",
-            )
-        hidden = stored & ~seen
-        if not self.hides and not bool(hidden.any()):
-            return
-        self.hides = True
-        slots = stored.cumsum(1) - 1
-        row, column = stored.nonzero(as_tuple=True)
-        slot = slots[row, column]
-        known = self.positions[row, slot]
-        shown = torch.where(known < 0, -1 - known, known)
-        self.positions[row, slot] = torch.where(hidden[row, column], -1 - shown, shown)
-
-    def _extended(self, real: Tensor | None, batch: int, steps: int) -> Tensor | None:
-        if real is None and self.valid is None:
-            return None
-        past = self.valid
-        if past is None:
-            past = torch.ones(batch, self.columns, dtype=torch.bool, device=self.device)
-        if real is None:
-            real = torch.ones(batch, steps, dtype=torch.bool, device=self.device)
-        return torch.cat([past, real], 1)
 
     def _grow(self, batch: int, columns: int) -> None:
-        """Have pages for ``columns`` tokens of every sequence.
-
-        The first allocation is exact; later ones add a sixteenth at least, so that the number of
-        slabs stays logarithmic in the length.
-        """
+        """Have pages for ``columns`` tokens of every sequence."""
         have = self.table.shape[1]
-        need = -(-columns // PAGE_TOKENS)
-        if need <= have:
+        if columns <= have * PAGE_TOKENS:
             return
-        added = max(need - have, have // 16)
+        added = self._added(columns)
         start = batch * have
         ids = torch.arange(start, start + batch * added, dtype=torch.int32, device=self.device)
         for layer in self.pages:
@@ -326,7 +271,17 @@ class QuantizedCache(Cache):
         self.table = torch.cat([self.table, ids.view(batch, added)], 1)
         fresh = self.positions.new_zeros(batch, added * PAGE_TOKENS)
         self.positions = torch.cat([self.positions, fresh], 1)
+        self.storage = object()
 
-    def _store_positions(self, slots: Tensor, positions: Tensor) -> None:
-        row, step = (slots >= 0).nonzero(as_tuple=True)
-        self.positions[row, slots[row, step].long()] = positions[row, step].to(torch.int32)
+    def _added(self, columns: int) -> int:
+        """Pages to add to every sequence for ``columns`` tokens.
+
+        What is reserved counts where more is to come. Otherwise the first allocation is exact and
+        later ones add a sixteenth at least, so that the number of slabs stays logarithmic in the
+        length.
+        """
+        have = self.table.shape[1]
+        reserved = min(self.reserved, columns + max(AHEAD, columns // 16))
+        if reserved >= columns:
+            return -(-reserved // PAGE_TOKENS) - have
+        return max(-(-columns // PAGE_TOKENS) - have, have // 16)

@@ -22,6 +22,7 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError, UnsupportedModelError
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.cache import QuantizedCache
+from kvquant_compile.runtime.decode_graph import DecodeGraphs
 from kvquant_compile.runtime.program import Program
 
 ATTRIBUTE = "_kvquant"
@@ -42,6 +43,7 @@ class Installed:
         warned: reasons already warned about.
         quiet: no warnings, while the library itself runs the original.
         before: instance attributes that the installed ones replace (a hook's own forward).
+        decode: runs the program's steps.
     """
 
     program: Program
@@ -53,6 +55,19 @@ class Installed:
     warned: set[str] = field(default_factory=set)
     quiet: bool = False
     before: dict[str, Any] = field(default_factory=dict)
+    decode: DecodeGraphs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decode = DecodeGraphs(self.program, self.warn_once)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether decode steps run as CUDA graphs where they can; may be set at any time."""
+        return self.decode.enabled
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self.decode.enabled = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: the installed ``forward`` would go on running this very model.
@@ -147,11 +162,13 @@ def _prepare_cache(original: Callable[..., Any], state: Installed) -> Callable[.
                 why="it asks for a full-precision cache where the optimised one would be used",
                 do="Drop the option, or call kvquant_compile.restore(model) first.",
             )
-        wants_cache = generation_config.use_cache is not False
-        if model_kwargs.get("past_key_values") is None and wants_cache:
-            model_kwargs["past_key_values"] = state.program.new_cache()
-            return None
-        return original(generation_config, model_kwargs, *args, **kw)
+        cache = model_kwargs.get("past_key_values")
+        made = cache is None and generation_config.use_cache is not False
+        if made:
+            model_kwargs["past_key_values"] = cache = state.program.new_cache()
+        if isinstance(cache, QuantizedCache):
+            cache.reserve((generation_config.max_length or 1) - 1)  # the last is never fed back
+        return None if made else original(generation_config, model_kwargs, *args, **kw)
 
     return prepare
 
@@ -238,7 +255,7 @@ def _run_backbone(
         "attention_mask": mask,
         "past": cache.columns,
     }
-    return state.program.run(inputs, cache, positions, mask, not state.attend_quantized)
+    return state.decode.run(inputs, cache, positions, mask, not state.attend_quantized)
 
 
 def _positions(given: Tensor | None, batch: int, steps: int, cache: QuantizedCache) -> Tensor:
@@ -282,7 +299,7 @@ def _functional_forward(module: nn.Module, state: Installed) -> Callable[..., An
         batch, steps = ids.shape
         positions = _positions(None, batch, steps, cache)
         inputs = {"ids": ids, "past": cache.columns}
-        logits = state.program.run(inputs, cache, positions, None, not state.attend_quantized)
+        logits = state.decode.run(inputs, cache, positions, None, not state.attend_quantized)
         return logits, cache
 
     return forward

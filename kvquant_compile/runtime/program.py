@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -35,6 +36,12 @@ class Program:
     device: torch.device
     dtype: torch.dtype
 
+    @functools.cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's placeholders, in order."""
+        nodes = self.graph_module.graph.find_nodes(op="placeholder")
+        return tuple(str(node.target) for node in nodes)
+
     def new_cache(self) -> QuantizedCache:
         """An empty cache."""
         return QuantizedCache(self.layouts, self.dtype, self.device)
@@ -60,12 +67,30 @@ class Program:
         Returns:
             The graph's output.
         """
-        step = cache.begin(positions, attention_mask)
-        values = {**inputs, **self._cache_inputs(cache, step), "exact_chunk": exact_chunk}
-        names = [str(n.target) for n in self.graph_module.graph.find_nodes(op="placeholder")]
-        output = self.graph_module(*(values[name] for name in names))
+        batch, steps = positions.shape
+        real = cache.admit(batch, steps, attention_mask)
+        return self.proceed(inputs, cache, positions, real, exact_chunk)
+
+    def proceed(
+        self,
+        inputs: Mapping[str, Any],
+        cache: QuantizedCache,
+        positions: Tensor,
+        real: Tensor | None,
+        exact_chunk: bool,
+    ) -> Tensor:
+        """:meth:`run` after the cache has admitted the step; ``real`` is what it answered."""
+        step = cache.place(positions, real)
+        output = self.compute(inputs, cache, step, exact_chunk)
         cache.commit(step)
         return output
+
+    def compute(
+        self, inputs: Mapping[str, Any], cache: QuantizedCache, step: Step, exact_chunk: bool
+    ) -> Tensor:
+        """The graph's output for a step that is begun; arguments as of :meth:`run`."""
+        values = {**inputs, **self._cache_inputs(cache, step), "exact_chunk": exact_chunk}
+        return cast("Tensor", self.graph_module(*(values[name] for name in self.inputs)))
 
     def _cache_inputs(self, cache: QuantizedCache, step: Step) -> dict[str, Any]:
         values: dict[str, Any] = {
