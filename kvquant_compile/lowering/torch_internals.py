@@ -41,7 +41,7 @@ def device_flash(
     value: Tensor,
     scale: float,
     causal: bool,
-    any_length: bool = False,
+    new_shape: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """Attention on a GPU by the kernel that ``scaled_dot_product_attention`` would choose, with
     its log-sum-exp.
@@ -51,7 +51,8 @@ def device_flash(
         key, value: [B, H, N, D] of the same dtype, Hq a multiple of H.
         scale: of the scores.
         causal: query i sees keys 0 .. i; else all of them.
-        any_length: rather not cuDNN, which prepares a plan for every new length.
+        new_shape: these lengths may never come again; rather not cuDNN, which prepares a plan for
+            every new shape.
 
     Returns:
         (output [B, Hq, S, D], natural log-sum-exp [B, Hq, S] float32, contiguous), or None where
@@ -65,7 +66,7 @@ def device_flash(
     )
     flash_fits = key.shape[-1] == value.shape[-1] and key.shape[-1] % 8 == 0
     cudnn = choice == SDPBackend.CUDNN_ATTENTION.value
-    if cudnn and not (any_length and flash_fits):
+    if cudnn and not (new_shape and flash_fits):
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, causal, False, scale=scale
         )
@@ -75,4 +76,4 @@ def device_flash(
         )
     else:
         return None
-    return output, lse.view(query.shape[:3]).contiguous()
+    return output, lse.reshape(query.shape[:3]).contiguous()

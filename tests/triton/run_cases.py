@@ -110,7 +110,7 @@ FLASH_CALLS: list[bool] = []
 
 
 def plain_flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, any_length: bool = False
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, new_shape: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What torch's flash kernels compute on a device, in plain torch."""
     FLASH_CALLS.append(causal)

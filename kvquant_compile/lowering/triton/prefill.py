@@ -122,7 +122,8 @@ def _own(
     """The step's own exact tokens: by the very kernel that the original model runs, if it can."""
     key, value = key.to(query.dtype), value.to(query.dtype)
     if not (bounds.padded or site.window or site.softcap):
-        found = device_flash(query, key, value, site.scale, causal=True)
+        odd = bounds.longest > 0 and query.shape[2] % PAGE_TOKENS != 0
+        found = device_flash(query, key, value, site.scale, causal=True, new_shape=odd)
         if found is not None:
             return Part(*found)
     return flash(query, key, value, slots, slots, history, site, None)
@@ -154,9 +155,8 @@ def _history(
         if plain:
             count = min(block, bounds.longest - first)
             keys, values = space.keys[:, :, :count], space.values[:, :, :count]
-            found = device_flash(
-                query, keys, values, site.scale, causal=False, any_length=count < block
-            )
+            odd = count < block or query.shape[2] % PAGE_TOKENS != 0
+            found = device_flash(query, keys, values, site.scale, causal=False, new_shape=odd)
         if found is None:
             yield flash(query, space.keys, space.values, slots, space.places, limit, site, first)
         else:
