@@ -64,6 +64,11 @@ class FormatOptions:
             )
         return {index: self.spec(index) for index in indices}
 
+    def pairs(self, indices: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """(key bits, value bits) of every cache layer; raises as :meth:`specs` does."""
+        specs = self.specs(indices)
+        return {index: (spec.key_bits, spec.value_bits) for index, spec in specs.items()}
+
     def spec(self, index: int) -> CodecSpec:
         """The format of one cache layer.
 

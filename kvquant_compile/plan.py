@@ -90,6 +90,8 @@ class LayerPlan:
         certificate: JSON-able evidence of the proof (method, pairing, points, residual,
             source lines, versions).
         refusal: why pre-RoPE storage was refused; empty when it was not.
+        kept: the proved rotation that keys are stored behind, because their format asks for it;
+            ``rope`` is None then.
     """
 
     index: int
@@ -100,3 +102,4 @@ class LayerPlan:
     attends: tuple[AttendPlan, ...]
     certificate: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
+    kept: RopeSpec | None = None

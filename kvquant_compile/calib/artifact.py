@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from kvquant_compile.calib.fingerprint import fingerprint
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables
+from kvquant_compile.codec.formats import Format, Tables
 from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.errors import ArtifactError
 from kvquant_compile.passes.recognise import MatchedLayer
@@ -35,8 +37,8 @@ class Artifact:
         details: JSON-able record of how they were made.
     """
 
-    specs: Mapping[int, CodecSpec]
-    tables: Mapping[int, LayerTables]
+    specs: Mapping[int, Format]
+    tables: Mapping[int, Tables]
     model: str
     geometry: Mapping[int, tuple[int, int, int]]
     details: Mapping[str, Any]
@@ -45,8 +47,8 @@ class Artifact:
     def make(
         captured: Captured,
         layers: Sequence[MatchedLayer],
-        specs: Mapping[int, CodecSpec],
-        tables: Mapping[int, LayerTables],
+        specs: Mapping[int, Format],
+        tables: Mapping[int, Tables],
         details: Mapping[str, Any],
     ) -> Artifact:
         """Bind tables to a captured model."""
@@ -56,7 +58,7 @@ class Artifact:
 
     def for_model(
         self, captured: Captured, layers: Sequence[MatchedLayer]
-    ) -> tuple[dict[int, CodecSpec], dict[int, LayerTables | None]]:
+    ) -> tuple[dict[int, Format], dict[int, Tables | None]]:
         """Formats and tables by cache index, after checking that they are this model's.
 
         Raises:
@@ -79,7 +81,7 @@ class Artifact:
         }
         header = {
             "model": self.model,
-            "specs": {str(i): asdict(spec) for i, spec in self.specs.items()},
+            "specs": {str(i): _described(spec) for i, spec in self.specs.items()},
             "geometry": {str(i): list(g) for i, g in self.geometry.items()},
             "details": dict(self.details),
         }
@@ -108,15 +110,26 @@ class Artifact:
         if metadata.get("checksum") != _checksum(text, tensors):
             raise _damaged(path, "its checksum does not match its content")
         header = json.loads(text)
-        specs = {int(i): CodecSpec(**spec) for i, spec in header["specs"].items()}
+        specs = {int(i): _format(spec) for i, spec in header["specs"].items()}
         geometry = {int(i): (g[0], g[1], g[2]) for i, g in header["geometry"].items()}
-        names = LayerTables.__dataclass_fields__
-        tables = {
-            i: LayerTables(**{name: tensors[f"{i}.{name}"] for name in names})
-            for i, spec in specs.items()
-            if not spec.lossless
-        }
+        tables = {i: _tables(i, spec, tensors) for i, spec in specs.items() if not spec.lossless}
         return Artifact(specs, tables, header["model"], geometry, header["details"])
+
+
+def _described(spec: Format) -> Any:
+    """A format as JSON: a recipe by its text, others by their fields."""
+    return str(spec) if isinstance(spec, Recipe) else asdict(spec)
+
+
+def _format(described: Any) -> Format:
+    return Recipe.parse(described) if isinstance(described, str) else CodecSpec(**described)
+
+
+def _tables(index: int, spec: Format, tensors: Mapping[str, torch.Tensor]) -> Tables:
+    if isinstance(spec, Recipe):
+        return RecipeTables(spec.names, tuple(tensors[f"{index}.{name}"] for name in spec.names))
+    names = LayerTables.__dataclass_fields__
+    return LayerTables(**{name: tensors[f"{index}.{name}"] for name in names})
 
 
 def _geometry(layers: Sequence[MatchedLayer]) -> dict[int, tuple[int, int, int]]:

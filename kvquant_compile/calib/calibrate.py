@@ -8,11 +8,12 @@ from typing import Any
 
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.data import WindowSettings, calibration_windows, sample_windows
-from kvquant_compile.calib.fit import fit_layer
+from kvquant_compile.calib.fit import fit_layer, fit_recipe
 from kvquant_compile.calib.observe import Observed, observe
 from kvquant_compile.calib.settings import FitSettings
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.codec.algebra.recipe import Recipe
+from kvquant_compile.codec.formats import Format, Tables
 from kvquant_compile.errors import OptionError
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.progress import Progress
@@ -104,18 +105,22 @@ def observe_windows(
 def fit_artifact(
     captured: Captured,
     layers: Sequence[MatchedLayer],
-    specs: Mapping[int, CodecSpec],
+    specs: Mapping[int, Format],
     observed: Mapping[int, Observed],
     options: CalibrationOptions,
     source: Mapping[str, Any],
     bar: Progress | None = None,
 ) -> Artifact:
     """Fit every layer's tables; lossless layers have none. ``source`` says where from."""
-    tables: dict[int, LayerTables] = {}
-    order = [layer.plan.index for layer in layers]
-    for index in order if bar is None else bar.each("fit tables", order, len(order)):
+    tables: dict[int, Tables] = {}
+    order = [layer.plan for layer in layers]
+    for plan in order if bar is None else bar.each("fit tables", order, len(order)):
+        index = plan.index
         spec, seen = specs[index], observed.get(index)
-        if not spec.lossless:
+        if isinstance(spec, Recipe):
+            seed = options.windows.seed
+            tables[index] = fit_recipe(spec, plan, seen, seed, captured.device)
+        elif not spec.lossless:
             assert seen is not None
             tables[index] = fit_layer(
                 seen.keys,
@@ -130,18 +135,23 @@ def fit_artifact(
     return Artifact.make(captured, layers, specs, tables, details)
 
 
+def needs_calibration(spec: Format) -> bool:
+    """Whether a format's constants depend on data."""
+    return spec.calibrated if isinstance(spec, Recipe) else not spec.lossless
+
+
 def calibrate(
     captured: Captured,
     layers: Sequence[MatchedLayer],
-    specs: Mapping[int, CodecSpec],
+    specs: Mapping[int, Format],
     data: Any,
     tokenizer: Any,
     options: CalibrationOptions,
     bar: Progress,
 ) -> Artifact:
-    """Tables for a model; nothing of it is run when every layer is lossless."""
+    """Tables for a model; nothing of it is run when no layer's format needs calibration."""
     observed: dict[int, Observed] = {}
     source: dict[str, Any] = {"source": "none needed"}
-    if not all(spec.lossless for spec in specs.values()):
+    if any(needs_calibration(spec) for spec in specs.values()):
         observed, source = observe_windows(captured, layers, data, tokenizer, options, bar)
     return fit_artifact(captured, layers, specs, observed, options, source, bar)

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from kvquant_compile.calib.fit_keys import fit_keys
+from kvquant_compile.calib.fit_published import fit_published
 from kvquant_compile.calib.fit_values import fit_values
+from kvquant_compile.calib.observe import Observed
 from kvquant_compile.calib.settings import FitSettings
+from kvquant_compile.codec.algebra.base import Sample
+from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables
 from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.errors import CalibrationError
+from kvquant_compile.plan import LayerPlan
 
 MIN_TOKENS = 16
 
@@ -40,8 +45,37 @@ def fit_layer(
     keys, values = k[:, keep].float(), v[:, keep].float()
     key_grad, value_grad = (None if g is None else g[:, keep].float() for g in (gk, gv))
     _check_finite(keys, values)
+    if settings.published:
+        return fit_published(keys, values, key_grad, value_grad, spec)
     key_part = fit_keys(keys, key_grad, spec, settings)
     return LayerTables(**key_part, **fit_values(values, value_grad, spec, settings))
+
+
+def fit_recipe(
+    recipe: Recipe, plan: LayerPlan, seen: Observed | None, seed: int, device: torch.device
+) -> RecipeTables:
+    """Fit the constants of a recipe for one layer. Deterministic for a seed.
+
+    Args:
+        recipe: the layer's format.
+        plan: the layer; keys are as it stores them.
+        seen: calibration tokens; None where the recipe needs none.
+        seed: of what the recipe draws.
+        device: of the constants.
+
+    Raises:
+        CalibrationError: too few tokens, or values that are not finite.
+    """
+    if seen is None:
+        keys = torch.empty(plan.kv_heads, 0, plan.key_dim, device=device)
+        values = torch.empty(plan.kv_heads, 0, plan.value_dim, device=device)
+    else:
+        keep = _kept(seen.keys, seen.places < recipe.sinks)
+        keys, values = seen.keys[:, keep].float(), seen.values[:, keep].float()
+        _check_finite(keys, values)
+    rope = plan.rope or plan.kept
+    pairs = () if rope is None else (rope.in_pairs if plan.rope else rope.out_pairs)
+    return recipe.fit(Sample(keys, pairs, seed), Sample(values, (), seed))
 
 
 def _kept(k: Tensor, ignore: Tensor | None) -> Tensor:

@@ -96,7 +96,7 @@ class _KeyFit:
             "key_table": (self.levels * unit).round().to(torch.int8),
             "key_weight": self.weights.channel,
             "key_norm": unit[:, 0],
-            **_grid(self.scale / unit, self.offset),
+            **grid(self.scale / unit, self.offset),
         }
 
 
@@ -117,7 +117,7 @@ def fit_keys(
     return _partly_stretched(fit, constants, settings.stretch)
 
 
-def _grid(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+def grid(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
     """Float16 scales and integer zeros of magnitude at most ``ZERO_LIMIT``."""
     scale = torch.maximum(scale, offset.abs() / ZERO_LIMIT).clamp(SCALE_MIN, FLOAT16_MAX)
     scale = scale.half().float()
@@ -139,7 +139,7 @@ def _partly_stretched(fit: _KeyFit, constants: dict[str, Tensor], part: float) -
         for name in ("key_scale", "key_stretch")
     }
     stretch = powers["key_stretch"]
-    return {**constants, "key_stretch": stretch, **_grid(powers["key_scale"], offset)}
+    return {**constants, "key_stretch": stretch, **grid(powers["key_scale"], offset)}
 
 
 def _stretched(fit: _KeyFit, constants: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def _stretched(fit: _KeyFit, constants: dict[str, Tensor]) -> dict[str, Tensor]:
     scale = constants["key_scale"] / slope
     middle = (stored / constants["key_scale"][:, None] - constants["key_zero"][:, None]).mean(1)
     offset = fit.k.mean(1) - scale * middle
-    return {**constants, "key_stretch": stretch, **_grid(scale, offset)}
+    return {**constants, "key_stretch": stretch, **grid(scale, offset)}
 
 
 def _dense(fit: _KeyFit, constants: dict[str, Tensor]) -> Tensor:

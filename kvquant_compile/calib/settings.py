@@ -26,6 +26,8 @@ class FitSettings:
         damping: part of the mean diagonal added to the gradients' second moment before it is
             inverted for the feedback.
         fit_tokens: most tokens used by the alternating steps.
+        published: fit as KVQuant was published instead (:mod:`.fit_published`); of the others only
+            ``sensitivity`` counts then.
     """
 
     key_nuq: bool = True
@@ -42,3 +44,4 @@ class FitSettings:
     value_feedback: bool = True
     damping: float = 0.03
     fit_tokens: int = 8192
+    published: bool = False

@@ -126,10 +126,34 @@ class PageLayout:
         return sum(self.sections.values())
 
     @property
+    def kind(self) -> str:
+        """A short name."""
+        return f"k{self.spec.key_bits}v{self.spec.value_bits}"
+
+    @property
+    def lossless(self) -> bool:
+        """Whether pages hold raw keys and values."""
+        return self.spec.lossless
+
+    @property
+    def sink_tokens(self) -> int:
+        """Exact leading tokens; here all there is of exact rows."""
+        return self.spec.sink_tokens
+
+    @property
+    def exact_rows(self) -> int:
+        """Rows of the exact tokens of one sequence."""
+        return self.spec.sink_tokens
+
+    @property
+    def exact_width(self) -> int:
+        """Elements of a row: a key in pair order and a value."""
+        return padded(self.key_dim) + self.value_dim
+
+    @property
     def sink_bytes(self) -> int:
         """Bytes of the exact sink tokens of one sequence, all heads."""
-        width = padded(self.key_dim) + self.value_dim
-        return self.spec.sink_tokens * self.heads * width * self.itemsize
+        return self.exact_rows * self.heads * self.exact_width * self.itemsize
 
     @property
     def effective_bits(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvquant_compile.calib.fit_published import inlier_levels, percentiles
 from kvquant_compile.calib.observe import Observed
 
 E4M3_MAX = 448.0
@@ -118,17 +119,16 @@ class KVQuantReleased:
         """Calibrate on observed keys and values."""
         low, high, keys, values = {}, {}, {}, {}
         for index, seen in observed.items():
-            ends = torch.tensor([share / 2, 1 - share / 2], device=seen.keys.device)
             sample = seen.keys[:, seen.places > 0]
-            low[index], high[index] = _quantiles(sample, ends, 1)
+            low[index], high[index] = percentiles(sample, share)
             x = _normalise(seen.keys, low[index][:, None], high[index][:, None])
-            keys[index] = _k_means(x, seen.key_gradients, bits)
+            keys[index] = inlier_levels(x, seen.key_gradients, bits)
             flat = seen.values.transpose(0, 1).flatten(1)
-            bounds = _quantiles(flat, ends, 1)
+            bounds = percentiles(flat, share)
             y = _normalise(flat, bounds[0][:, None], bounds[1][:, None])
             gradient = seen.value_gradients
             weight = None if gradient is None else gradient.transpose(0, 1).flatten(1)
-            values[index] = _k_means(y, weight, bits)
+            values[index] = inlier_levels(y, weight, bits)
         return KVQuantReleased(bits, low, high, keys, values, share)
 
     def keys(self, x: Tensor, layer: int) -> Tensor:
@@ -139,8 +139,7 @@ class KVQuantReleased:
     def values(self, x: Tensor, layer: int) -> Tensor:
         """[B, H, S, D]; one range per token over all heads."""
         flat = x.float().transpose(1, 2).flatten(2)
-        ends = torch.tensor([self.share / 2, 1 - self.share / 2], device=x.device)
-        low, high = (q.unsqueeze(-1) for q in _quantiles(flat, ends, -1))
+        low, high = (q.unsqueeze(-1) for q in percentiles(flat, self.share, -1))
         inside = (flat > low) & (flat < high)
         kept = torch.where(inside, flat, flat.median(-1, keepdim=True).values)
         low, high = kept.amin(-1, keepdim=True), kept.amax(-1, keepdim=True)
@@ -160,37 +159,5 @@ class KVQuantReleased:
         return torch.where(outside, x, table[codes] * half + middle)
 
 
-def _quantiles(x: Tensor, ends: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """torch.quantile without its limit on the number of elements."""
-    ordered = x.sort(axis).values
-    out = []
-    for end in ends.tolist():
-        place = end * (x.shape[axis] - 1)
-        i = min(int(place), x.shape[axis] - 2)
-        a, b = ordered.select(axis, i), ordered.select(axis, i + 1)
-        out.append(a + (b - a) * (place - i))
-    return out[0], out[1]
-
-
 def _normalise(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (x - (high + low) / 2) / ((high - low).clamp(min=1e-8) / 2)
-
-
-def _k_means(x: Tensor, gradient: Tensor | None, bits: int, cells: int = 4096) -> Tensor:
-    """Weighted Lloyd on a fine histogram of [-1, 1], quantile start; levels ascending."""
-    inside = x.abs() <= 1
-    flat = x[inside]
-    weight = torch.ones_like(flat) if gradient is None else gradient.square()[inside]
-    cell = ((flat + 1) / 2 * (cells - 1)).round().long()
-    mass = torch.zeros(cells, device=x.device, dtype=torch.float64)
-    mass.index_add_(0, cell, weight.double())
-    centre = torch.linspace(-1, 1, cells, device=x.device, dtype=torch.float64)
-    share = mass.cumsum(0) / mass.sum()
-    start = (torch.arange(2**bits, device=x.device) + 0.5) / 2**bits
-    levels = centre[torch.searchsorted(share, start.double()).clamp(max=cells - 1)]
-    for _ in range(50):
-        owner = torch.bucketize(centre, (levels[1:] + levels[:-1]) / 2)
-        total = torch.zeros_like(levels).index_add_(0, owner, mass)
-        moment = torch.zeros_like(levels).index_add_(0, owner, mass * centre)
-        levels = torch.where(total > 0, moment / total.clamp(min=1e-300), levels)
-    return levels.float()

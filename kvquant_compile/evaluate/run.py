@@ -13,6 +13,7 @@ from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.calibrate import CalibrationOptions, fit_artifact, observe_windows
 from kvquant_compile.calib.observe import Observed
 from kvquant_compile.capture import Captured, capture
+from kvquant_compile.codec.formats import Format
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
@@ -56,7 +57,7 @@ def prepare(
 
 def build(prepared: Prepared, form: FormatOptions, options: CalibrationOptions) -> Program:
     """Fit tables for one format and rewrite the graph with them."""
-    specs = form.specs([layer.plan.index for layer in prepared.layers])
+    specs: dict[int, Format] = dict(form.specs([layer.plan.index for layer in prepared.layers]))
     artifact: Artifact = fit_artifact(
         prepared.captured, prepared.layers, specs, prepared.observed, options, prepared.source
     )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvquant_compile.codec.algebra.layout import BlockLayout
+from kvquant_compile.codec.formats import parse_layout
 from kvquant_compile.codec.keys import KeyCodes, quantise_keys
 from kvquant_compile.codec.layout import (
     PageLayout,
@@ -24,6 +26,7 @@ from kvquant_compile.codec.layout import (
 )
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.codec.values import ValueCodes, quantise_values
+from kvquant_compile.lowering import blocks
 from kvquant_compile.lowering.constants import reorder
 from kvquant_compile.lowering.pages import gather_pages, write_pages
 
@@ -80,9 +83,13 @@ def append(
         key: [B, H, S, key_dim] before RoPE, any float dtype.
         value: [B, H, S, value_dim].
     """
-    layout = PageLayout.parse(format)
+    layout = parse_layout(format)
     for start in range(0, slots.shape[1], CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
+        if isinstance(layout, BlockLayout):
+            step = (key[:, :, part], value[:, :, part], slots[:, part])
+            blocks.append(layout, *step, table, pages, sinks, tables)
+            continue
         ordered = reorder(key[:, :, part], geometry[0])
         _append_chunk(
             layout, ordered, value[:, :, part], slots[:, part], table, pages, sinks, tables

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvquant_compile.codec.algebra.layout import BlockLayout
+from kvquant_compile.codec.formats import Layout, parse_layout
 from kvquant_compile.codec.layout import PageLayout, unpack_raw
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
+from kvquant_compile.lowering import blocks
 from kvquant_compile.lowering.constants import reorder
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.lowering.read import read_keys, read_values
@@ -40,8 +43,13 @@ class CacheView:
 
     @property
     def layout(self) -> PageLayout:
-        """The page layout."""
+        """The page layout of a format that is no recipe; raises ValueError on one that is."""
         return PageLayout.parse(self.format)
+
+    @property
+    def storage(self) -> Layout:
+        """The page layout, of either kind."""
+        return parse_layout(self.format)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +87,16 @@ def attend(
         output [B, S, Hq, value_dim] in the query's dtype, and the log-sum-exp of the scores
         [B, Hq, S] float32.
     """
-    limit = history if exact_chunk else torch.maximum(history, slots.amax(1) + 1)
+    stored = torch.maximum(history, slots.amax(1) + 1)
+    limit = history if exact_chunk else stored
     own = _own_by_flash(query, key, value, slots, site) if exact_chunk else None
     if own is not None and site.sink_logits is None and not int(limit.max()):
         return own[0].transpose(1, 2).to(query.dtype).contiguous(), own[1]
-    layout = cache.layout
-    groups = (layout.heads, query.shape[1] // layout.heads)
+    heads = cache.storage.heads
+    groups = (heads, query.shape[1] // heads)
     grouped = (reorder(query, cache.geometry[1]).float() * site.scale).unflatten(1, groups)
     state = OnlineSoftmax(grouped.shape[:-1], value.shape[-1], query.device)
-    for first, keys, values in _blocks(cache, slots, limit, site.window, query.dtype):
+    for first, keys, values in _blocks(cache, slots, limit, stored, site.window, query):
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
         visible = _visible(slots, first, hidden, limit, site.window)
@@ -104,23 +113,36 @@ def attend(
 
 
 def _blocks(
-    cache: CacheView, slots: Tensor, limit: Tensor, window: int, dtype: torch.dtype
+    cache: CacheView, slots: Tensor, limit: Tensor, stored: Tensor, window: int, query: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first slot, rotated keys, values) of every block that a query can see, float32."""
+    """(first slot, rotated keys, values) of every block that a query can see, float32.
+
+    ``limit`` [B] tokens may be seen of the ``stored`` [B] that the cache holds by now.
+    """
     end = -(-int(limit.max()) // PAGE_TOKENS)
     start = 0
     if window:
         oldest = int(torch.where(slots >= 0, slots, slots.new_full((), 2**30)).min())
         start = max(0, oldest - window + 1) // PAGE_TOKENS
     for page in range(start, end, BLOCK_PAGES):
-        yield page * PAGE_TOKENS, *read_block(cache, page, min(end, page + BLOCK_PAGES), dtype)
+        last = min(end, page + BLOCK_PAGES)
+        keys, values = read_block(cache, page, last, stored, query.dtype)
+        places = slice(page * PAGE_TOKENS, last * PAGE_TOKENS)
+        yield places.start, rotate(keys, cache.positions[:, places], cache), values
 
 
-def read_block(cache: CacheView, page: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Dequantised, rotated keys [B, H, N, 2 P] and values [B, H, N, D] of some pages, float32."""
-    layout = cache.layout
+def read_block(
+    cache: CacheView, page: int, end: int, stored: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys in pair order, not rotated, [B, H, N, 2 P] and values [B, H, N, D] of the pages
+    ``page`` to ``end``, float32; exact tokens in their places."""
+    layout = cache.storage
     raw = gather_pages(cache.pages, cache.table[:, page:end].long())
-    if layout.spec.lossless:
+    if isinstance(layout, BlockLayout):
+        first = page * PAGE_TOKENS
+        keys, values = blocks.read(layout, raw, cache.sinks, cache.tables, first, stored)
+        return reorder(keys, cache.geometry[0]), values
+    if layout.lossless:
         keys, values = (x.float() for x in unpack_raw(layout, raw, dtype))
     else:
         tables = LayerTables(*cache.tables)
@@ -130,7 +152,7 @@ def read_block(cache: CacheView, page: int, end: int, dtype: torch.dtype) -> tup
         width = keys.shape[-1]
         keys[:, :, :exact] = cache.sinks[..., :width]
         values[:, :, :exact] = cache.sinks[..., width:]
-    return rotate(keys, cache.positions[:, page * PAGE_TOKENS : end * PAGE_TOKENS], cache), values
+    return keys, values
 
 
 def rotate(keys: Tensor, positions: Tensor, cache: CacheView) -> Tensor:

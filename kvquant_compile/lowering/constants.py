@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvquant_compile.codec.algebra.layout import BlockLayout
+from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables
+from kvquant_compile.codec.formats import Format, Layout, Tables
 from kvquant_compile.codec.layout import PageLayout, pair_order
-from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.plan import LayerPlan, RopeSpec
 
 
@@ -18,15 +20,18 @@ class LayerConstants:
 
     Attributes:
         layout: bytes of the layer's pages.
-        tables: the fields of :class:`LayerTables` in declaration order; empty when lossless.
+        tables: the fields of :class:`LayerTables` in declaration order, or a recipe's constants
+            (in the model's channel order); empty when lossless.
+        table_names: of the tables.
         key_order, query_order: int64 [2 P], the model's channel of every stored one (the
             zero channel ``dim`` for padding) before and after the rotation.
         frequencies: float32 [P] radians per position; empty without RoPE.
         rope_scale: float32 [P] factor of cos and sin; empty without RoPE.
     """
 
-    layout: PageLayout
+    layout: Layout
     tables: list[Tensor]
+    table_names: tuple[str, ...]
     key_order: Tensor
     query_order: Tensor
     frequencies: Tensor
@@ -40,13 +45,14 @@ class LayerConstants:
 
 def lower_layer(
     plan: LayerPlan,
-    spec: CodecSpec,
-    tables: LayerTables | None,
+    spec: Format,
+    tables: Tables | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> LayerConstants:
     """Constants of one layer on ``device``; ``tables`` is None for lossless storage."""
-    layout = PageLayout(spec, plan.kv_heads, plan.key_dim, plan.value_dim, dtype.itemsize)
+    sizes = (plan.kv_heads, plan.key_dim, plan.value_dim, dtype.itemsize)
+    layout = BlockLayout(spec, *sizes) if isinstance(spec, Recipe) else PageLayout(spec, *sizes)
     pairs = _sorted_pairs(plan.rope)
     key_order = pair_order([i for i, _, _ in pairs], plan.key_dim)
     query_order = _query_order(plan, key_order, [o for _, o, _ in pairs])
@@ -57,10 +63,11 @@ def lower_layer(
         frequencies = torch.tensor([f for _, _, f in pairs] + [0.0] * still)
         scale = torch.tensor([plan.rope.scale] * len(pairs) + [1.0] * still)
     order = _gather_index(key_order, plan.key_dim).to(device)
-    lowered = [] if tables is None else _reorder(tables.to(device), order)
+    lowered = {} if tables is None else _lowered(tables.to(device), order)
     return LayerConstants(
         layout,
-        lowered,
+        list(lowered.values()),
+        tuple(lowered),
         order,
         _gather_index(query_order, plan.key_dim).to(device),
         frequencies.to(device),
@@ -106,8 +113,11 @@ def reorder(x: Tensor, order: Tensor) -> Tensor:
     return x[..., order]
 
 
-def _reorder(tables: LayerTables, order: Tensor) -> list[Tensor]:
-    """Per-channel key constants into pair order; padding has scale 1 and no weight."""
+def _lowered(tables: Tables, order: Tensor) -> dict[str, Tensor]:
+    """Tables by name. Per-channel key constants go into pair order (a recipe's stay as they are);
+    padding has scale 1 and no weight."""
+    if isinstance(tables, RecipeTables):
+        return tables.tensors()
     scale = reorder(tables.key_scale, order)
     moved = replace(
         tables,
@@ -115,4 +125,4 @@ def _reorder(tables: LayerTables, order: Tensor) -> list[Tensor]:
         key_zero=reorder(tables.key_zero, order),
         key_weight=reorder(tables.key_weight, order),
     )
-    return [t.contiguous() for t in moved.tensors().values()]
+    return {name: t.contiguous() for name, t in moved.tensors().items()}

@@ -24,18 +24,18 @@ def gather_pages(slabs: list[Tensor], ids: Tensor) -> Tensor:
         out = slabs[0].index_select(0, flat)
     else:
         out = slabs[0].new_empty(flat.numel(), *slabs[0].shape[1:])
-        for slab, mine, local in _by_slab(slabs, flat):
+        for slab, mine, local in slabs_in_use(slabs, flat):
             out[mine] = slab.index_select(0, local)
     return out.unflatten(0, ids.shape).transpose(1, 2)
 
 
 def write_pages(slabs: list[Tensor], ids: Tensor, data: Tensor) -> None:
     """Overwrite pages: ids int64 [n], data uint8 [n, H, bytes]."""
-    for slab, mine, local in _by_slab(slabs, ids):
+    for slab, mine, local in slabs_in_use(slabs, ids):
         slab.index_copy_(0, local, data[mine])
 
 
-def _by_slab(slabs: list[Tensor], ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def slabs_in_use(slabs: list[Tensor], ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(slab, mask of the ids that lie in it, their places in it) for every slab in use."""
     out, start = [], 0
     for slab in slabs:

@@ -18,7 +18,6 @@ from typing import Any
 from torch import fx
 
 from kvquant_compile.capture.markers import MARKERS
-from kvquant_compile.codec.spec import LayerTables
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants
 from kvquant_compile.passes.recognise import MatchedLayer
@@ -28,7 +27,6 @@ STEP_INPUTS = ("slots", "history", "table", "positions", "exact_chunk")
 # Names of the buffers that hold calibrated constants.
 CONSTANT_PREFIX = "kvquant_"
 _GEOMETRY = ("key_order", "query_order", "frequencies", "rope_scale")
-_TABLES = tuple(LayerTables.__dataclass_fields__)
 
 
 def rewrite(
@@ -127,7 +125,7 @@ def _constant_nodes(
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """get_attr nodes of the layer's tables and geometry."""
     tables, geometry = constants.arguments()
-    names = (_TABLES[: len(tables)], _GEOMETRY)
+    names = (constants.table_names, _GEOMETRY)
     out: list[list[fx.Node]] = []
     for group, tensors in zip(names, (tables, geometry), strict=True):
         nodes = []

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import CacheError
 from kvquant_compile.runtime.columns import Columns
@@ -62,9 +62,7 @@ class QuantizedCache(Cache):
         device: where the pages live.
     """
 
-    def __init__(
-        self, layouts: Sequence[PageLayout], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[QuantizedLayer(layout, self) for layout in layouts])
         self.dtype, self.device = dtype, device
         self.reset()
@@ -230,7 +228,7 @@ class QuantizedCache(Cache):
         return 8 * self.nbytes() / elements if elements else 0.0
 
     def __repr__(self) -> str:
-        kinds = {f"k{x.layout.spec.key_bits}v{x.layout.spec.value_bits}" for x in self.pages}
+        kinds = {x.layout.kind for x in self.pages}
         return (
             f"QuantizedCache({len(self.layers)} layers {'/'.join(sorted(kinds))}, batch "
             f"{self.batch}, {self.columns} tokens, {self.nbytes():,} bytes)"

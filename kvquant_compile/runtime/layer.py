@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvquant_compile.codec.layout import PageLayout, padded
+from kvquant_compile.codec.formats import Layout
 from kvquant_compile.errors import CacheError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class QuantizedLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, layout: PageLayout, owner: QuantizedCache) -> None:
+    def __init__(self, layout: Layout, owner: QuantizedCache) -> None:
         super().__init__()
         self.layout, self.owner = layout, owner
         self.slabs: list[Tensor] = []
@@ -61,8 +61,7 @@ class QuantizedLayer(CacheLayerMixin):
         """Add a slab of ``pages`` zeroed pages, and the sinks with the first."""
         layout = self.layout
         if not self.slabs:
-            width = padded(layout.key_dim) + layout.value_dim
-            shape = (batch, layout.heads, layout.spec.sink_tokens, width)
+            shape = (batch, layout.heads, layout.exact_rows, layout.exact_width)
             self.sinks = torch.zeros(shape, dtype=dtype, device=device)
         # Zeros, not garbage: a NaN in an unused slot would survive its zero softmax weight.
         shape_pages = (pages, layout.heads, layout.page_bytes)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.codec.layout import PageLayout
-from kvquant_compile.codec.spec import CodecSpec, LayerTables
+from kvquant_compile.codec.formats import Format, Layout, Tables
 from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
@@ -31,7 +30,7 @@ class Program:
     """
 
     graph_module: fx.GraphModule
-    layouts: tuple[PageLayout, ...]
+    layouts: tuple[Layout, ...]
     indices: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
@@ -108,8 +107,8 @@ class Program:
 def build_program(
     captured: Captured,
     layers: Sequence[MatchedLayer],
-    specs: Mapping[int, CodecSpec],
-    tables: Mapping[int, LayerTables | None],
+    specs: Mapping[int, Format],
+    tables: Mapping[int, Tables | None],
 ) -> Program:
     """Rewrite a captured model; formats and tables by cache index, None for lossless layers."""
     device, dtype = captured.device, captured.dtype

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.formats import Layout, parse_layout
 from kvquant_compile.lowering.triton.compat import interpreting, unavailable
 from kvquant_compile.lowering.triton.spec import unsupported
 
 SWITCH = "KVQUANT_KERNELS"
 
 
-def refusal(layout: PageLayout, device: torch.device) -> str:
+def refusal(layout: Layout, device: torch.device) -> str:
     """Why the torch path runs; empty where the generated kernels do."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"no kernels for {device.type}"
@@ -31,7 +31,7 @@ def _not_chosen() -> str:
     return f"the generated kernels are experimental; {SWITCH}=triton in the environment runs them"
 
 
-def kernel_name(layout: PageLayout, device: torch.device) -> str:
+def kernel_name(layout: Layout, device: torch.device) -> str:
     """What runs a layer's ops, for reports."""
     reason = refusal(layout, device)
     if device.type == "cpu" and not interpreting():
@@ -43,9 +43,9 @@ def kernel_name(layout: PageLayout, device: torch.device) -> str:
 
 def use_kernels(x: Tensor, format: str) -> bool:
     """Whether the ops on ``x`` run generated kernels; warns once a format on a GPU that not."""
-    layout = PageLayout.parse(format)
+    layout = parse_layout(format)
     reason = refusal(layout, x.device)
-    if reason and x.device.type == "cuda" and not layout.spec.lossless:
+    if reason and x.device.type == "cuda" and not layout.lossless:
         _warn(format, reason)
     return not reason
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvquant_compile.codec.algebra.layout import BlockLayout
+from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.layout import PageLayout, padded
 
 
@@ -61,9 +63,11 @@ def table_bias(bits: int) -> int:
     return 64 if bits == 4 else 128
 
 
-def unsupported(layout: PageLayout) -> str:
+def unsupported(layout: Layout) -> str:
     """Why no kernel is generated for a format; empty when one is."""
-    if layout.spec.lossless:
+    if isinstance(layout, BlockLayout):
+        return f"recipe {layout.recipe.name} is read by the torch path"
+    if layout.lossless:
         return "lossless pages are read by the torch path"
     widest = max(layout.key_dim, layout.value_dim)
     if widest > 256:

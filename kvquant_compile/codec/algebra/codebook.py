@@ -1,0 +1,50 @@
+"""Vector codebooks: k-means to start from, then exponential moving averages (arXiv 1711.00937)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DECAY = 0.99
+SMOOTHING = 1e-5
+START_VECTORS = 32_768
+START_STEPS = 4
+BATCH = 4096
+_ROWS = 4096
+
+
+def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Indices int32 [...] of the nearest entries [C, d] to vectors [..., d]; NaN gets one too."""
+    flat = vectors.flatten(0, -2)
+    half_norm = codebook.square().sum(1) / 2
+    parts = [(half_norm - rows @ codebook.T).argmin(1) for rows in flat.split(_ROWS)]
+    return torch.cat(parts).view(vectors.shape[:-1]).to(torch.int32)
+
+
+def fit_codebook(vectors: Tensor, entries: int, steps: int, generator: torch.Generator) -> Tensor:
+    """A codebook float32 [entries, d], float16-representable, for vectors [N, d]."""
+    order = torch.randperm(vectors.shape[0], generator=generator)[:START_VECTORS]
+    start = vectors[order.to(vectors.device)]
+    repeats = -(-entries // start.shape[0])
+    codebook = start.repeat(repeats, 1)[:entries].clone()
+    for _ in range(START_STEPS):
+        count, total = _sums(start, codebook)
+        codebook = torch.where(count[:, None] > 0, total / count[:, None].clamp_min(1), codebook)
+    mass, moment = _sums(start, codebook)
+    for _ in range(steps):
+        pick = torch.randint(vectors.shape[0], (BATCH,), generator=generator)
+        count, total = _sums(vectors[pick.to(vectors.device)], codebook)
+        mass = DECAY * mass + (1 - DECAY) * count
+        moment = DECAY * moment + (1 - DECAY) * total
+        smooth = (mass + SMOOTHING) / (mass.sum() + entries * SMOOTHING) * mass.sum()
+        codebook = torch.where(mass[:, None] > SMOOTHING, moment / smooth[:, None], codebook)
+    return codebook.half().float()
+
+
+def _sums(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """How many vectors each entry is nearest to, and their sum."""
+    index = nearest_entries(vectors, codebook).long()
+    count = torch.zeros(codebook.shape[0], device=vectors.device).index_add_(
+        0, index, torch.ones_like(index, dtype=torch.float32)
+    )
+    return count, torch.zeros_like(codebook).index_add_(0, index, vectors)

@@ -1,0 +1,154 @@
+"""From ``recipe=`` and ``bits=`` to the format of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kvquant_compile.calib.calibrate import CalibrationOptions
+from kvquant_compile.codec.algebra import Recipe
+from kvquant_compile.codec.formats import Format
+from kvquant_compile.codec.layout import lossless_spec
+from kvquant_compile.codec.spec import LOSSLESS, CodecSpec
+from kvquant_compile.config import Bits, FormatOptions
+from kvquant_compile.errors import OptionError
+from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.recipes.named import NAMED
+
+OURS, PUBLISHED = "kvquant+", "kvquant"
+Chosen = str | Recipe | Callable[..., Recipe]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A checked recipe.
+
+    Attributes:
+        name: of it.
+        form: widths, slots and sinks.
+        make: the recipe at two widths; None for formats that are not made of blocks.
+        asked: whether the user asked for any of it.
+        fixed: whether the recipe has its own widths.
+    """
+
+    name: str
+    form: FormatOptions
+    make: Callable[..., Recipe] | None
+    asked: bool
+    fixed: bool = False
+
+    def formats(self, indices: Sequence[int]) -> dict[int, Format]:
+        """The format of every cache layer.
+
+        Raises:
+            OptionError: the recipe has no such width, or ``bits`` names layers wrongly.
+        """
+        if self.make is not None:
+            pairs = self.form.pairs(indices)
+            return {index: self._blocks(pair) for index, pair in pairs.items()}
+        specs = self.form.specs(indices)
+        if self.name == PUBLISHED:
+            return {i: _without_token_scale(spec) for i, spec in specs.items()}
+        return dict(specs)
+
+    def calibration(self, options: CalibrationOptions) -> CalibrationOptions:
+        """Calibration as the recipe wants it."""
+        if self.make is not None:  # nothing in a block asks for gradients
+            return replace(options, fit=replace(options.fit, sensitivity=False))
+        return replace(options, fit=replace(options.fit, published=self.name == PUBLISHED))
+
+    def _blocks(self, widths: tuple[int, int]) -> Format:
+        assert self.make is not None
+        if widths[0] == LOSSLESS:
+            return lossless_spec()
+        return self.make() if self.fixed else self.make(*widths)
+
+
+def choose(
+    recipe: Chosen | None,
+    bits: Bits | Mapping[int, Bits] | None,
+    slots: int | None = None,
+    sinks: int | None = None,
+) -> Choice:
+    """Check what the user asked for; None takes the default everywhere.
+
+    Args:
+        recipe: a name, a :class:`Recipe`, or a function of the widths that returns one.
+        bits: as of :func:`kvquant_compile.optimize`.
+        slots: for ``kvquant+`` and ``kvquant`` only.
+        sinks: exact leading tokens; the recipe's own if None.
+
+    Raises:
+        OptionError: no such recipe, or an option that it does not have.
+    """
+    form = FormatOptions.make(bits, slots, sinks)
+    asked = (recipe, bits, slots, sinks) != (None, None, None, None)
+    if recipe is None or recipe in (OURS, PUBLISHED):
+        return Choice(str(recipe or OURS), form, None, asked)
+    make = _maker(recipe)
+    if slots is not None:
+        raise OptionError(
+            f"slots={slots} with a recipe",
+            why="outlier slots are part of kvquant+ and kvquant",
+            do="Leave slots out, or put an Outliers block into the recipe.",
+        )
+    fixed = isinstance(recipe, Recipe)
+    if fixed and bits is not None:
+        raise OptionError(
+            f"bits={bits!r} with a Recipe",
+            why="a recipe has its own widths",
+            do="Leave bits out, or pass the function that makes the recipe from the widths.",
+        )
+    if sinks is not None:
+        make = _with_sinks(make, sinks)
+    default = make()
+    return Choice(default.name if fixed else str(recipe), form, make, asked, fixed or bits is None)
+
+
+def stored_layers(
+    layers: Sequence[MatchedLayer], formats: Mapping[int, Format]
+) -> tuple[MatchedLayer, ...]:
+    """The layers as their formats store them: keys behind RoPE where a recipe wants them so."""
+    return tuple(
+        layer if _before_rope(formats[layer.plan.index]) else _after_rope(layer) for layer in layers
+    )
+
+
+def _before_rope(spec: Format) -> bool:
+    return spec.pre_rope if isinstance(spec, Recipe) else True
+
+
+def _after_rope(layer: MatchedLayer) -> MatchedLayer:
+    plan = layer.plan
+    return replace(layer, plan=replace(plan, rope=None, kept=plan.rope, refusal=""))
+
+
+def _without_token_scale(spec: CodecSpec) -> CodecSpec:
+    return spec if spec.lossless else replace(spec, key_token_scale=False)
+
+
+def _maker(recipe: Chosen) -> Callable[..., Recipe]:
+    if isinstance(recipe, str):
+        if recipe not in NAMED:
+            raise OptionError(
+                f"recipe={recipe!r}",
+                why=f"the named ones are {', '.join((OURS, PUBLISHED, *NAMED))}",
+                do="Pass one of them, or a kvquant_compile.recipes.Recipe.",
+            )
+        return NAMED[recipe]
+    if isinstance(recipe, Recipe):
+        return lambda: recipe
+    if not callable(recipe):
+        raise OptionError(
+            f"recipe={recipe!r}",
+            why="it is no name, no Recipe and no function",
+            do="Pass a name or a kvquant_compile.recipes.Recipe.",
+        )
+    return recipe
+
+
+def _with_sinks(make: Callable[..., Recipe], sinks: int) -> Callable[..., Recipe]:
+    def changed(*widths: int) -> Recipe:
+        return replace(make(*widths), sinks=sinks)
+
+    return changed
