@@ -19,6 +19,7 @@ from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.config import Bits
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
 from kvquant_compile.inspect.report import Report, build_report, describe_decode
+from kvquant_compile.inspect.source import layer_source
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import Choice, choose, stored_layers
@@ -160,14 +161,26 @@ def restore(model: Model) -> Model:
     return model
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: nn.Module, *, layer: int | None = None, source: bool = False) -> Report:
     """What was matched, proved and rewritten in an optimised model, and what it costs.
 
+    Args:
+        model: an optimised model.
+        layer: a cache layer's index, to be told of that one only.
+        source: add the source of the kernels that are generated for a decode step.
+
     Raises:
-        OptionError: it is not optimised.
+        OptionError: it is not optimised, or has no such layer.
     """
     state = installed(model)
-    return dataclasses.replace(state.report, decode_step=describe_decode(state.decode.refusal))
+    report = dataclasses.replace(state.report, decode_step=describe_decode(state.decode.refusal))
+    if layer is not None:
+        report = report.only(layer)
+    if not source:
+        return report
+    kept = {x.index for x in report.layers}
+    sources = tuple(layer_source(state.program, x) for x in state.layers if x.plan.index in kept)
+    return dataclasses.replace(report, sources=sources)
 
 
 def use_cuda_graphs(model: nn.Module, enabled: bool = True) -> None:

@@ -127,13 +127,15 @@ def explain(
     windows: WindowsOption = None,
     dtype: DtypeOption = "auto",
     seed: int = 0,
+    layer: Annotated[int | None, typer.Option(help="Only this cache layer.")] = None,
+    source: Annotated[bool, typer.Option("--source", help="Print generated kernels too.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Optimise a model and print what was matched, proved and rewritten."""
     import kvquant_compile
 
     network = _optimised(model, bits, calibration, windows, dtype, seed)
-    report = kvquant_compile.explain(network)
+    report = kvquant_compile.explain(network, layer=layer, source=source)
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.spec import PAGE_TOKENS
+from kvquant_compile.errors import OptionError
+from kvquant_compile.inspect.source import LayerSource
 from kvquant_compile.lowering.triton.dispatch import kernel_name, refusal
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import LayerPlan
@@ -80,6 +82,7 @@ class Report:
         calibration: where tables came from and how long each stage took.
         sinks: exact leading tokens.
         decode_step: how a step of one token per sequence runs.
+        sources: generated kernels, where they were asked for.
     """
 
     model: str
@@ -91,6 +94,7 @@ class Report:
     calibration: Mapping[str, Any]
     sinks: int
     decode_step: str = ""
+    sources: tuple[LayerSource, ...] = ()
 
     @property
     def effective_bits(self) -> float:
@@ -108,14 +112,32 @@ class Report:
         """Bytes at the model's dtype over packed bytes."""
         return sum(r.reference_bytes for r in self.layers) / self.bytes_per_token
 
+    def only(self, index: int) -> Report:
+        """The report of one cache layer; totals are its own.
+
+        Raises:
+            OptionError: there is no such layer.
+        """
+        kept = tuple(x for x in self.layers if x.index == index)
+        if not kept:
+            raise OptionError(
+                f"layer={index!r}",
+                why=f"the cache layers are {', '.join(str(x.index) for x in self.layers)}",
+                do="Pass one of these.",
+            )
+        return replace(self, layers=kept)
+
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict of everything."""
+        """A JSON-able dict of everything; sources only where they were asked for."""
         totals = {
             "effective_bits": self.effective_bits,
             "bytes_per_token": self.bytes_per_token,
             "compression": self.compression,
         }
-        return asdict(self) | {"totals": totals}
+        record = asdict(self) | {"totals": totals}
+        if not self.sources:
+            del record["sources"]
+        return record
 
     def __rich__(self) -> Group:
         worst = max(self.validation.values(), default=0.0)
@@ -128,7 +150,8 @@ class Report:
         shown = {k: v for k, v in self.calibration.items() if k != "fit"}
         origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in shown.items())
         lines = [proof, origin, *([f"decode step: {self.decode_step}"] if self.decode_step else [])]
-        return Group(Text(head, style="bold"), self._table(), *map(Text, lines))
+        texts = [Text("\n" + str(source)) for source in self.sources]
+        return Group(Text(head, style="bold"), self._table(), *map(Text, lines), *texts)
 
     def _table(self) -> Table:
         table = Table(show_edge=False, pad_edge=False)

@@ -163,3 +163,18 @@ def test_demo_prints_one_record(run: Any) -> None:
     assert record["rows"][0]["name"] == "original"
     assert {"int3 per token", "fp8 e4m3", "ours, 3 bits"} <= {r["name"] for r in record["rows"]}
     assert {"sampling its own calibration text", "optimize to 3 bits"} <= record["seconds"].keys()
+
+
+def test_explain_prints_one_layer_and_its_kernel(run: Any, calibration: str) -> None:
+    command = ("explain", "--model", MODEL, "--bits", "3", "--calibration", calibration,
+               "--windows", "1", "--layer", "1", "--source")  # fmt: skip
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "1 attention layers rewritten" in out
+    assert "# layer 1: history_k3v3_" in out
+    assert "def history_k3v3_" in out
+    assert "tl.store(partial" in out
+    assert "# layer 0" not in out
+    code, _, err = run(*command[:-2], "99")
+    assert code == 2
+    assert "layer=99" in err

@@ -1,0 +1,34 @@
+"""The generated source of a layer's kernels, for people to read."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.lowering.attend import Site
+
+
+def kernels_source(
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], site: Site, columns: int
+) -> dict[str, str]:
+    """Source of every kernel that is generated for one attention site.
+
+    These are the kernels that ``kvquant::attend`` launches on a GPU, wherever the constants are.
+    What is the same for every layer (the merge of partial sums) is ordinary code in
+    :mod:`kvquant_compile.lowering.triton`.
+
+    Args:
+        layout: of the layer's pages, one that kernels are generated for.
+        tables, geometry: the layer's constants as the ops take them.
+        site: what the attention does to scores.
+        columns: query columns of a kv head: query heads of the group times tokens of the step.
+
+    Returns:
+        Kernel name -> text.
+    """
+    from kvquant_compile.lowering.triton.attend import kernel_spec
+    from kvquant_compile.lowering.triton.history import history_source
+    from kvquant_compile.lowering.triton.prepared import prepared
+
+    spec = kernel_spec(layout, prepared(layout, tables, geometry), site, columns)
+    return {spec.name: history_source(spec)}
