@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 import kvquant_compile
+from kvquant_compile.lowering.triton.compat import unavailable
 from kvquant_compile.runtime import cache as cache_module
 from kvquant_compile.runtime.plugback import installed
 from tests.runtime.recording import HostSyncError, Recording, no_host_sync
@@ -371,3 +376,13 @@ def test_a_step_waits_for_nothing_but_its_mask(llama: PreTrainedModel) -> None:
 def test_the_torch_path_does_wait(llama: PreTrainedModel) -> None:
     with graphs(llama, Recording(inside_ops=True)), pytest.raises(HostSyncError):
         started(llama)
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")
+def test_kernels_do_not_wait() -> None:
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.runtime.run_kernel_graph"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
