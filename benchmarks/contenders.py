@@ -146,17 +146,16 @@ def flex(size: Size, device: torch.device) -> Contender:
         },
     }  # fmt: skip
 
+    grouped = size.query_heads != size.kv_heads
+
     def maker(options: dict[str, Any]) -> list[Call]:
-        compiled = torch.compile(
-            partial(
-                flex_attention,
-                block_mask=mask,
-                enable_gqa=size.query_heads != size.kv_heads,
-                kernel_options=options,
-            ),
-            dynamic=False,
-        )
-        return [partial(compiled, q, k, v) for k, v in zip(keys, values, strict=True)]
+        def attend(k: Tensor, v: Tensor) -> Tensor:
+            return flex_attention(
+                q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options
+            )
+
+        compiled = torch.compile(attend, dynamic=False)
+        return [partial(compiled, k, v) for k, v in zip(keys, values, strict=True)]
 
     variants = {name: maker(options) for name, options in settings.items()}
     return Contender([], size.dense_bytes(2), variants)
