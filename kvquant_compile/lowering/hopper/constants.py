@@ -107,10 +107,10 @@ def _width(x: Tensor, width: int, value: float) -> Tensor:
 
 
 def _table_bytes(table: Tensor, bits: int, *, signed: bool) -> Tensor:
-    """Sixteen bytes a head: entries plus their bias, or (values, up to 3 bits) signed ones."""
+    """Sixteen bytes a head, four times: entries plus their bias, or (values, up to 3 bits) signed ones."""
     bias = 0 if signed and bits < 4 else table_bias(bits)
     data = (table.to(torch.int32) + bias).to(torch.uint8)
-    return torch.nn.functional.pad(data, (0, 16 - data.shape[1])).view(torch.int32)
+    return torch.nn.functional.pad(data, (0, 16 - data.shape[1])).repeat(1, 4).view(torch.int32)
 
 
 def _fragment_pairs(groups: int) -> Tensor:

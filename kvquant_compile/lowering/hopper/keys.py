@@ -54,7 +54,7 @@ class KeyEmitter:
         """The table, and scales and centres of explicit groups, in registers."""
         sections = Constants(self.spec)
         names = [f"key_table{i}" for i in range(4)]
-        load_shared(out, names, self._constant(sections.tables) + "lz", 0)
+        load_shared(out, names, self._constant(sections.tables) + "t * 16", 0)
         for pairs in range(self.spec.explicit):
             names = [f"z{pairs}_{i}" for i in range(8)]
             at = 192 * pairs

@@ -203,13 +203,17 @@ class Constants:
 
     @property
     def tables(self) -> int:
-        """Key table, value table: 16 bytes each."""
+        """Key table, value table: 16 bytes each, four times.
+
+        The compiler must not see that all lanes read the same: it would keep tables in uniform
+        registers, and copy them for every lookup.
+        """
         return self.scales + 192 * self.spec.key_groups
 
     @property
     def outliers(self) -> int:
         """[channel][frequency, phase, factor, 0] float32, where keys have slots."""
-        return self.tables + 32
+        return self.tables + 128
 
     @property
     def size(self) -> int:

@@ -44,8 +44,8 @@ class ValueEmitter:
 
     def prologue(self, out: KernelWriter) -> None:
         """The table in registers; zeroed sums."""
-        at = self.memory.constants + Constants(self.spec).tables + 16
-        load_shared(out, [f"value_table{i}" for i in range(4)], f"shared + {at} + lz", 0)
+        at = self.memory.constants + Constants(self.spec).tables + 64
+        load_shared(out, [f"value_table{i}" for i in range(4)], f"shared + {at} + t * 16", 0)
         for group in self._groups:
             out(f"peak{group} = zero + {HIDDEN}", f"mass{group} = zero", f"flat{group} = zero")
             out(*(f"sum{group}_{i} = zero" for i in range(4 * self.spec.value_groups)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import CacheView, Site
+from kvquant_compile.lowering.hopper import launch
 from kvquant_compile.lowering.triton import prefill
 from kvquant_compile.lowering.triton.compat import launch_options, native
 from kvquant_compile.lowering.triton.merge import merge_kernel, own_kernel
@@ -56,6 +57,28 @@ def attend(
     batch, query_heads, steps, _ = query.shape
     if steps > OWN_STEPS:
         return prefill.attend(query, key, value, slots, history, cache, site, exact_chunk)
+    if launch.applies(layout, query.device):
+        read = launch.attend_history
+    else:
+        read = attend_history
+    partial, partial_lse = read(query, slots, history, cache, site, exact_chunk)
+    own = _own(query, key, value, slots, site, layout, exact_chunk and steps > OWN_STEPS)
+    return _merge(
+        partial, partial_lse, own, query, key, value, slots, history, cache, site, constants,
+        layout, exact_chunk,
+    )  # fmt: skip
+
+
+def attend_history(
+    query: Tensor, slots: Tensor, history: Tensor, cache: CacheView, site: Site, exact_chunk: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention to the pages by the portable kernel.
+
+    Arguments and results as of :func:`kvquant_compile.lowering.hopper.launch.attend_history`.
+    """
+    layout = cache.layout
+    constants = prepared(layout, cache.tables, cache.geometry)
+    batch, query_heads, steps, _ = query.shape
     rep = query_heads // layout.heads
     spec = kernel_spec(layout, constants, site, rep * steps)
     tiles = -(-rep * steps // spec.columns)
@@ -74,11 +97,7 @@ def attend(
         EXACT=exact_chunk, SINKS=cache.sinks.shape[2], STEPS_POW2=_pow2(steps), NATIVE=native(),
         **launch_options(num_warps=spec.warps, num_stages=1, **_registers(spec)),
     )  # fmt: skip
-    own = _own(query, key, value, slots, site, layout, exact_chunk and steps > OWN_STEPS)
-    return _merge(
-        partial, partial_lse, own, query, key, value, slots, history, cache, site, constants,
-        layout, exact_chunk,
-    )  # fmt: skip
+    return partial, partial_lse
 
 
 def _registers(spec: KernelSpec) -> dict[str, int]:

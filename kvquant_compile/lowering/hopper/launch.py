@@ -1,0 +1,146 @@
+"""Launches the Hopper kernel: which kernel, how many splits, how many registers."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.lowering.attend import CacheView, Site
+from kvquant_compile.lowering.hopper.constants import HopperConstants, hopper_constants
+from kvquant_compile.lowering.hopper.module import hopper_kernel
+from kvquant_compile.lowering.hopper.spec import COLUMN_GROUP, HopperSpec, Memory, unsupported
+from kvquant_compile.lowering.triton.compat import interpreting
+from kvquant_compile.lowering.triton.prepared import page_addresses
+
+COUNTER_WORDS = 256
+"""Counters of different heads must not share a memory sector: same-sector atomics queue up."""
+
+
+def applies(layout: PageLayout, device: torch.device) -> bool:
+    """Whether this back end runs a format on a device."""
+    if device.type != "cuda" or torch.version.hip or interpreting() or unsupported(layout):
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def hopper_spec(
+    layout: PageLayout, constants: HopperConstants, site: Site, columns: int
+) -> HopperSpec:
+    """The kernel that an attention site needs for ``columns`` query columns a kv head."""
+    return HopperSpec(
+        layout=layout,
+        rotates=constants.rotates,
+        explicit=constants.explicit,
+        groups=1 if columns <= COLUMN_GROUP else 2,
+        softcap=site.softcap != 0,
+        window=site.window != 0,
+        reorder=constants.query_order.numel() > 0,
+        stretched=constants.stretched,
+        dynamic=not torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def attend_history(
+    query: Tensor, slots: Tensor, history: Tensor, cache: CacheView, site: Site, exact_chunk: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention to the pages; sinks and, if ``exact_chunk``, the step's own tokens left out.
+
+    Args:
+        query: [B, Hq, S, key_dim] with contiguous channels.
+        slots, history, cache, site, exact_chunk: as for the lowering's ``attend``.
+
+    Returns:
+        float32 [B H, tiles, splits, columns, value_dim], normalised, and log2-sum-exps
+        [B H, tiles, splits, columns]; a column is (query head of the group, step).
+    """
+    layout = cache.layout
+    constants = _constants(layout, cache.tables, cache.geometry)
+    batch, query_heads, steps, _ = query.shape
+    rep = query_heads // layout.heads
+    spec = hopper_spec(layout, constants, site, rep * steps)
+    tiles = -(-rep * steps // spec.columns)
+    programs = batch * layout.heads * tiles
+    splits = split_count(spec, programs, cache.table.shape[1], query.device)
+    shape = (batch * layout.heads, tiles, splits, spec.columns)
+    partial = query.new_empty(*shape, layout.value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(shape, dtype=torch.float32)
+    hopper_kernel(spec)[(batch * layout.heads, splits, tiles)](
+        query, constants.query_order, slots, history, cache.table, cache.positions,
+        page_addresses(cache.pages), constants.block, constants.frequencies,
+        constants.rope_scale, constants.key_unit, constants.gain, constants.offset,
+        _counters(cache.table, programs), partial, partial_lse,
+        site.scale, site.softcap, site.window, layout.heads, rep, steps,
+        query.stride(0), query.stride(1), query.stride(2), cache.table.stride(0),
+        cache.positions.stride(0), slots.stride(0), layout.page_bytes,
+        EXACT=exact_chunk, SINKS=cache.sinks.shape[2],
+        num_warps=spec.warps, **_registers(spec),
+    )  # fmt: skip
+    return partial, partial_lse
+
+
+def programs_per_multiprocessor(spec: HopperSpec) -> int:
+    """How many programs fit: by shared memory, and by the registers that sums and queries take."""
+    by_memory = 227 * 1024 // (Memory(spec).size + 1024 + 512 * 4)
+    wide = spec.groups * max(spec.key_groups, spec.value_groups)
+    slots = spec.layout.spec.key_slots + spec.layout.spec.value_slots
+    by_registers = 4 if wide <= 4 and not slots else 3 if wide <= 4 else 2
+    return max(1, min(by_memory, by_registers))
+
+
+def _registers(spec: HopperSpec) -> dict[str, int]:
+    """The register limit under which that many programs are resident."""
+    limit = 65536 // (32 * spec.warps * programs_per_multiprocessor(spec)) // 8 * 8
+    return {"maxnreg": min(255, limit)}
+
+
+def split_count(spec: HopperSpec, programs: int, pages: int, device: torch.device) -> int:
+    """Shares of the history: two pages a warp at least, one wave of programs at most."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    wave = programs_per_multiprocessor(spec) * multiprocessors // programs
+    return max(1, min(wave, -(-pages // (2 * spec.warps))))
+
+
+@functools.cache
+def _known() -> dict[tuple[str, int], tuple[weakref.ref[Tensor], Any]]:
+    return {}
+
+
+def _remembered(kind: str, anchor: Tensor) -> Any:
+    """What was made for a tensor, as long as that tensor lives."""
+    found = _known().get((kind, id(anchor)))
+    return found[1] if found is not None and found[0]() is anchor else None
+
+
+def _remember(kind: str, anchor: Tensor, made: Any) -> None:
+    key = (kind, id(anchor))
+    _known()[key] = (weakref.ref(anchor, lambda _: _known().pop(key, None)), made)
+
+
+def _constants(
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]
+) -> HopperConstants:
+    """A layer's constants, made once for its tables."""
+    made = _remembered("constants", tables[0])
+    if made is None:
+        made = hopper_constants(layout, tables, geometry)
+        _remember("constants", tables[0], made)
+    return made
+
+
+def _counters(table: Tensor, programs: int) -> Tensor:
+    """Zeroed counters of a cache, which its launches leave zeroed.
+
+    They belong to the block table: launches on one cache follow each other, those on two caches
+    may overlap.
+    """
+    size = programs * COUNTER_WORDS + 1024
+    made = _remembered("counters", table)
+    if made is None or made.numel() < size:
+        made = torch.zeros(size, dtype=torch.int32, device=table.device)
+        _remember("counters", table, made)
+    return made
