@@ -24,6 +24,9 @@ from kvquant_compile.plan import LayerPlan
 from kvquant_compile.runtime.program import Program
 
 
+REFERENCE, GENERATED = "reference op", "generated kernel"
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One cache layer.
@@ -156,7 +159,7 @@ class Report:
     def _table(self) -> Table:
         table = Table(show_edge=False, pad_edge=False)
         names = ("layers", "heads q/kv", "dim", "RoPE", "proof", "mask", "recipe", "K/V bits",
-                 "slots", "eff. bits", "B/token", "runs")  # fmt: skip
+                 "eff. bits", "B/token", "runs")  # fmt: skip
         for name in names:
             table.add_column(name)
         for group in _runs(self.layers):
@@ -196,13 +199,18 @@ def _cells(group: list[LayerReport]) -> tuple[str, ...]:
         first.rope,
         first.proof,
         mask + (f", cap {first.softcap:g}" if first.softcap else ""),
-        first.recipe,
+        first.recipe + ("" if first.slots in ("-", "0+0") else f" {first.slots}"),
         f"{first.key_bits:.4g}/{first.value_bits:.4g}",
-        first.slots,
         f"{first.effective_bits:.3f}",
         f"{first.bytes_per_token:.1f}",
-        f"{first.implementation}: {first.kernel}",
+        _runs_by(first),
     )
+
+
+def _runs_by(report: LayerReport) -> str:
+    if report.implementation == REFERENCE:
+        return report.kernel.replace("torch", REFERENCE, 1)
+    return f"{GENERATED}: {report.kernel}"
 
 
 def describe_decode(refusal: str) -> str:
@@ -233,7 +241,7 @@ def layer_report(plan: LayerPlan, layout: Layout, recipe: str, device: torch.dev
         effective_bits=layout.effective_bits,
         bytes_per_token=plan.kv_heads * layout.page_bytes / PAGE_TOKENS,
         reference_bytes=reference,
-        implementation="reference op" if refusal(layout, device) else "generated kernel",
+        implementation=REFERENCE if refusal(layout, device) else GENERATED,
         kernel=kernel_name(layout, device),
         refusal=plan.refusal,
         certificate=dict(cert),
