@@ -26,9 +26,16 @@ from rich.table import Table
 
 from benchmarks.cases import FORMATS, GROUPS, TINY, Size
 from benchmarks.contenders import makers
-from benchmarks.measure import Call, bandwidth, environment, failure, graph_seconds, save
-from benchmarks.measure import wall_seconds as wall
-from kvquant_compile.lowering.triton.dispatch import SWITCH
+from benchmarks.measure import (
+    Call,
+    bandwidth,
+    choose_kernels,
+    environment,
+    failure,
+    graph_seconds,
+    save,
+    wall_seconds,
+)
 
 DENSE = ("cudnn bf16", "flash bf16", "flex bf16")
 COMPILED = ("flex bf16", "fp8", *(form.name for form in FORMATS))
@@ -65,7 +72,7 @@ def _settings(calls: list[Call], variants: dict[str, list[Call]]) -> Iterable[tu
 def _seconds(calls: Sequence[Call], device: torch.device) -> float:
     if device.type == "cuda":
         return graph_seconds(calls, rounds=max(1, 8 // len(calls)))
-    return min(wall(calls[0], 2, synchronise=False))
+    return min(wall_seconds(calls[0], 2, synchronise=False))
 
 
 def compile_case(name: str, size: Size) -> str:
@@ -121,7 +128,7 @@ def _cell(result: dict[str, Any], peer: float, read: float) -> str:
 def main() -> None:
     """Measure the sizes asked for and write JSON after each."""
     args = _arguments()
-    os.environ.setdefault(SWITCH, "triton")
+    choose_kernels()
     device = torch.device(args.device)
     sizes = TINY if args.tiny else [s for g in args.groups for s in GROUPS[g]]
     sizes = [s for s in sizes if not args.tokens or s.tokens in args.tokens]

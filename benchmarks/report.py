@@ -1,9 +1,10 @@
-"""Rewrites the tables of docs/performance.md from docs/results; nothing in them is typed by hand.
+"""Rewrites the tables of speed from docs/results; nothing in them is typed by hand.
 
     python -m benchmarks.report            # rewrite
     python -m benchmarks.report --check    # exit with 1 where a table is not what the JSON says
 
-A table stands between ``<!-- table KIND FILE -->`` and ``<!-- end -->``.
+A table stands between ``<!-- table KIND FILE -->`` and ``<!-- end -->`` in docs/performance.md or
+in README.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 RESULTS = ROOT / "docs" / "results"
 PEERS = ("cudnn bf16", "flash bf16", "flex bf16")
 MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -83,6 +84,21 @@ def peers(record: Record) -> str:
     return markdown(["query/kv heads x tokens", *names], lines)
 
 
+SUMMARY_ROWS = ("32/8 x 4k", "32/8 x 128k", "32/8 x 1M", "32/32 x 128k", "32/8 x 16k, batch 32")
+SUMMARY_COLUMNS = ("fp8", "4 bit", "3 bit", "3 bit default", "2 bit")
+
+
+def summary(record: Record) -> str:
+    """Times faster than the best bfloat16 peer, at a few sizes."""
+    lines = []
+    for row in (r for r in record["rows"] if r["size"] in SUMMARY_ROWS):
+        name, peer = best_peer(row["results"])
+        ratios = (row["results"].get(c, {}).get("us") for c in SUMMARY_COLUMNS)
+        cells = (f"{peer / us:.2f}x" if us else "" for us in ratios)
+        lines.append([row["size"], f"{peer:,.0f} us ({name})", *cells])
+    return markdown(["query/kv heads x tokens", "best bf16 peer", *SUMMARY_COLUMNS], lines)
+
+
 def model(record: Record) -> str:
     """Tokens per second and memory of whole decode steps."""
     lines = []
@@ -132,8 +148,13 @@ def compiling(record: Record) -> str:
 
 
 KINDS: dict[str, Callable[[Record], str]] = {
-    "decode": decode, "peers": peers, "model": model, "prefill": prefill, "compile": compiling,
-}  # fmt: skip
+    "decode": decode,
+    "summary": summary,
+    "peers": peers,
+    "model": model,
+    "prefill": prefill,
+    "compile": compiling,
+}
 
 
 def section(kind: str, name: str, folder: Path = RESULTS) -> str:
@@ -151,14 +172,17 @@ def rewritten(page: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Rewrite or check docs/performance.md."""
+    """Rewrite or check every page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
-    before = PAGE.read_text()
-    after = rewritten(before)
-    if parser.parse_args().check:
-        sys.exit(int(before != after))
-    PAGE.write_text(after)
+    check, stale = parser.parse_args().check, False
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before)
+        stale |= before != after
+        if not check:
+            page.write_text(after, encoding="utf-8")
+    sys.exit(int(check and stale))
 
 
 if __name__ == "__main__":

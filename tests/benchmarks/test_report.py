@@ -31,19 +31,20 @@ DECODE: dict[str, Any] = {
 }
 
 
-def test_the_page_shows_the_recorded_results() -> None:
-    page = report.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
+def test_pages_show_the_recorded_results(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
     assert report.rewritten(page) == page, "run python -m benchmarks.report"
+    kinds = [match[1] for match in report.MARKED.findall(page)]
+    assert len(kinds) == page.count("<!-- table ") == page.count("<!-- end -->") > 0
+    assert set(kinds) <= set(report.KINDS)
+
+
+def test_every_decode_record_is_on_the_page() -> None:
+    page = report.PAGES[0].read_text(encoding="utf-8")
     names = [path.stem for path in report.RESULTS.glob("decode-*.json")]
     assert names
     assert all(f"<!-- table decode {name} -->" in page for name in names)
-
-
-def test_every_marker_names_a_kind_there_is() -> None:
-    page = report.PAGE.read_text(encoding="utf-8")
-    kinds = [match[1] for match in report.MARKED.findall(page)]
-    assert len(kinds) == page.count("<!-- table ") == page.count("<!-- end -->")
-    assert set(kinds) <= set(report.KINDS)
 
 
 def test_ratios_are_against_the_fastest_bfloat16_peer(tmp_path: Path) -> None:
@@ -56,6 +57,12 @@ def test_ratios_are_against_the_fastest_bfloat16_peer(tmp_path: Path) -> None:
     assert "fp16" not in text
     peers = report.section("peers", "x", tmp_path)
     assert "| 32/8 x 1M | 99.0 | 120.0 | 100.0 | failed |" in peers
+
+
+def test_the_summary_takes_ratios_at_a_few_sizes(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(DECODE))
+    text = report.section("summary", "x", tmp_path)
+    assert "| 32/8 x 1M | 100 us (flash bf16) | 1.25x |  | 4.00x |  |  |" in text
 
 
 def test_a_rewritten_page_keeps_everything_else(tmp_path: Path) -> None:
