@@ -57,7 +57,7 @@ def test_bounds_are_read_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "_read_bounds", lambda *x: reads.append(x) or read(*x))
     for _ in range(3):
         bounds = prefill.step_bounds(built.slots, built.history, built.cache)
-    assert bounds == prefill.Bounds(5, 70, 70 + 20 - 2 - 1, padded=True, even=False)
+    assert bounds == prefill.Bounds(5, 70, 70 + 20 - 2 - 1, padded=True, hidden=False)
     assert len(reads) == 1
     built.history += 1  # in place, as a graph's static input is
     assert prefill.step_bounds(built.slots, built.history, built.cache).longest == 71
@@ -65,13 +65,13 @@ def test_bounds_are_read_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) == 3
 
 
-def test_hidden_tokens_make_a_step_uneven() -> None:
+def test_hidden_tokens_are_noticed() -> None:
     from kvquant_compile.lowering.triton import prefill
 
     for hidden in (0, 3):
         built = replace(CASE, lengths=(70, 70), hidden=hidden).build()
         bounds = prefill.step_bounds(built.slots, built.history, built.cache)
-        assert bounds.even == (hidden == 0)
+        assert bounds.hidden == (hidden > 0)
         assert not bounds.padded
 
 

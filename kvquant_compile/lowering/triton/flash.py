@@ -58,6 +58,7 @@ def flash(
     limit: Tensor,
     site: Site,
     first: int | None,
+    dense: bool = False,
     tiles: Tiling | None = None,
 ) -> Part:
     """Attention where a query at slot s sees the keys at places 0 .. s, or its window of them.
@@ -69,8 +70,10 @@ def flash(
         places: int32 [B, N], slots of the keys, -1 for keys that nobody sees.
         limit: int32 [B]: tokens stored before the step if the keys are the step's own, else the
             end of the slots that can be seen.
-        site: scale, soft-cap and window.
+        site: scale (above 0), soft-cap and window.
         first: slot of the first key of a block of the history; None if the keys are the step's.
+        dense: no token of the step is padding and no stored one is hidden, so that keys lie at
+            consecutive places; tiles that all queries see are then not masked.
         tiles: tile sizes to try instead of :func:`tiling`'s.
     """
     batch, query_heads, steps, dim = query.shape
@@ -84,7 +87,7 @@ def flash(
         first or 0, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         slots.stride(0), places.stride(0),
         DIM=dim, DIM_POW2=max(16, next_power_of_2(dim)), VALUE_DIM=value_dim,
-        VALUE_POW2=max(16, next_power_of_2(value_dim)), OWN=first is None,
+        VALUE_POW2=max(16, next_power_of_2(value_dim)), OWN=first is None, DENSE=dense,
         CAP=site.softcap != 0, WINDOW=site.window != 0,
         PRECISION="tf32x3" if native() else "ieee",  # of float32 operands, others have their own
         BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,

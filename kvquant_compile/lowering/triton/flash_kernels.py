@@ -10,84 +10,133 @@ NOWHERE = tl.constexpr(1 << 30)
 
 
 @triton.jit
+def _absorb_tiles(
+    peak, mass, total, q, slot, keys, values, places, begin, end, base,
+    unit, softcap, window, key_step, value_step,
+    DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr,
+    DENSE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the keys ``begin .. end - 1`` to a running softmax; all are seen unless ``MASKED``.
+
+    The peak is that of the products or, with a soft-cap, of the scores in units of log 2.
+    """
+    d = tl.arange(0, DIM_POW2)[:, None]
+    v = tl.arange(0, VALUE_POW2)[None, :]
+    for start in range(begin, end, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        there = j < (end if MASKED else start + BLOCK_K)
+        k = tl.load(
+            keys + d + j.to(tl.int64)[None, :] * key_step,
+            mask=there[None, :] & (d < DIM), other=0.0,
+        )  # fmt: skip
+        x = tl.dot(q, k, input_precision=PRECISION)
+        if CAP:
+            x = softcap - 2 * softcap / (tl.exp2(x * (unit / softcap * 2.885390081777927)) + 1)
+            x = x * 1.4426950408889634
+        if MASKED:
+            if DENSE:
+                place = tl.where(there, base + j, NOWHERE)
+            else:
+                place = tl.load(places + j, mask=there, other=-1)
+                place = tl.where(place < 0, NOWHERE, place)
+            seen = place[None, :] <= slot[:, None]
+            if WINDOW:
+                seen &= place[None, :] > slot[:, None] - window
+            x = tl.where(seen, x, float("-inf"))
+        grown = tl.maximum(peak, tl.max(x, 1))
+        ground = tl.where(grown == float("-inf"), 0.0, grown)
+        if CAP:
+            p = tl.exp2(x - ground[:, None])
+            decay = tl.exp2(peak - ground)
+        else:  # the scale rides in a fused multiply-add
+            ground *= unit
+            p = tl.exp2(x * unit - ground[:, None])
+            decay = tl.exp2(peak * unit - ground)
+        y = tl.load(
+            values + v + j.to(tl.int64)[:, None] * value_step,
+            mask=there[:, None] & (v < VALUE_DIM), other=0.0,
+        )  # fmt: skip
+        total = tl.dot(p.to(y.dtype), y, total * decay[:, None], input_precision=PRECISION)
+        mass = mass * decay + tl.sum(p, 1)
+        peak = grown
+    return peak, mass, total
+
+
+@triton.jit
 def flash_kernel(
     query, key, value, slots, places, limit, output, output_lse,
     scale, softcap, window, heads, rep, steps, count, first,
     query_batch, query_head, query_step, key_batch, key_head, key_step,
     value_batch, value_head, value_step, slot_row, place_row,
     DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr,
-    OWN: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    OWN: tl.constexpr, DENSE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Flash attention where a query at slot s sees the keys at places 0 .. s, or its window.
 
     Grid (blocks of queries, batch * query heads). ``places`` [B, count] are the keys' slots, -1
-    for a key that nobody sees; the place of key j is at most ``base + j``, where the base is
-    ``limit`` [B] for the step's own tokens (``OWN``) and ``first`` for a block of the history,
-    whose slots end at ``limit``. Writes output [B, S, Hq, VALUE_DIM] and the natural log-sum-exp
-    [B, Hq, S]; zeros and -inf where a query sees nothing.
+    for a key that nobody sees; the place of key j is at most ``base + j`` and, where ``DENSE``,
+    equal to it. The base is ``limit`` [B] for the step's own tokens (``OWN``) and ``first`` for a
+    block of the history, whose slots end at ``limit``. Writes output [B, S, Hq, VALUE_DIM] and the
+    natural log-sum-exp [B, Hq, S]; zeros and -inf where a query sees nothing.
     """
-    row = tl.program_id(1) // (heads * rep)
+    row = (tl.program_id(1) // (heads * rep)).to(tl.int64)  # offsets may pass 2**31
     query_id = tl.program_id(1) % (heads * rep)
-    head = query_id // rep
+    head = (query_id // rep).to(tl.int64)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: the longest first
     i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    d = tl.arange(0, DIM_POW2)
-    v = tl.arange(0, VALUE_POW2)
-    q = tl.load(
-        query + row * query_batch + query_id * query_head + i[:, None] * query_step + d[None, :],
-        mask=(i < steps)[:, None] & (d < DIM)[None, :], other=0.0,
-    )  # fmt: skip
+    d = tl.arange(0, DIM_POW2)[None, :]
+    rows = query + row * query_batch + query_id * query_head + i.to(tl.int64)[:, None] * query_step
+    q = tl.load(rows + d, mask=(i < steps)[:, None] & (d < DIM), other=0.0)
     slot = tl.load(slots + row * slot_row + i, mask=i < steps, other=-1)
+    lowest = tl.min(tl.where(slot < 0, NOWHERE, slot), 0)
+    highest = tl.max(slot, 0)
     stored = tl.load(limit + row)
     if OWN:
         base = stored
         end = tl.minimum((tile + 1) * BLOCK_Q, count)
     else:
         base = first
-        end = tl.minimum(tl.minimum(stored - first, tl.max(slot, 0) + 1 - first), count)
+        end = tl.minimum(tl.minimum(stored, highest + 1) - first, count)
     begin = 0
+    whole = 0  # tiles from here on, up to another border, are seen by all queries
     if WINDOW:
-        oldest = tl.min(tl.where(slot < 0, NOWHERE, slot), 0) - window + 1
-        begin = tl.maximum(oldest - base, 0) // BLOCK_K * BLOCK_K
+        begin = tl.maximum(lowest - window + 1 - base, 0) // BLOCK_K * BLOCK_K
+        whole = tl.maximum(highest - window + 1 - base, 0) + BLOCK_K - 1
+        whole = tl.maximum(tl.minimum(whole // BLOCK_K * BLOCK_K, end), begin)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q, VALUE_POW2], tl.float32)
-    keys = key + row.to(tl.int64) * key_batch + head.to(tl.int64) * key_head + d[:, None]
-    values = value + row.to(tl.int64) * value_batch + head.to(tl.int64) * value_head + v[None, :]
+    keys = key + row * key_batch + head * key_head
+    values = value + row * value_batch + head * value_head
     unit = scale if CAP else scale * 1.4426950408889634
-    for start in range(begin, end, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        there = j < count
-        k = tl.load(
-            keys + j[None, :] * key_step, mask=there[None, :] & (d < DIM)[:, None], other=0.0
-        )
-        x = tl.dot(q, k, input_precision=PRECISION) * unit
-        if CAP:
-            x = softcap - 2 * softcap / (tl.exp2(x / softcap * 2.885390081777927) + 1)
-            x = x * 1.4426950408889634
-        place = tl.load(places + row * place_row + j, mask=there, other=-1)
-        place = tl.where(place < 0, NOWHERE, place)
-        seen = place[None, :] <= slot[:, None]
+    if DENSE:
+        border = tl.maximum(tl.minimum(lowest + 1 - base, end) // BLOCK_K * BLOCK_K, whole)
         if WINDOW:
-            seen &= place[None, :] > slot[:, None] - window
-        x = tl.where(seen, x, float("-inf"))
-        grown = tl.maximum(peak, tl.max(x, 1))
-        ground = tl.where(grown == float("-inf"), 0.0, grown)
-        p = tl.exp2(x - ground[:, None])
-        decay = tl.exp2(peak - ground)
-        y = tl.load(
-            values + j[:, None] * value_step, mask=there[:, None] & (v < VALUE_DIM)[None, :],
-            other=0.0,
+            peak, mass, total = _absorb_tiles(
+                peak, mass, total, q, slot, keys, values, places, begin, whole, base,
+                unit, softcap, window, key_step, value_step, DIM, DIM_POW2, VALUE_DIM, VALUE_POW2,
+                True, CAP, True, PRECISION, BLOCK_K, True,
+            )  # fmt: skip
+        peak, mass, total = _absorb_tiles(
+            peak, mass, total, q, slot, keys, values, places, whole, border, base,
+            unit, softcap, window, key_step, value_step, DIM, DIM_POW2, VALUE_DIM, VALUE_POW2,
+            True, CAP, WINDOW, PRECISION, BLOCK_K, False,
         )  # fmt: skip
-        total = tl.dot(p.to(y.dtype), y, total * decay[:, None], input_precision=PRECISION)
-        mass = mass * decay + tl.sum(p, 1)
-        peak = grown
+        begin = border
+    peak, mass, total = _absorb_tiles(
+        peak, mass, total, q, slot, keys, values, places + row * place_row, begin, end,
+        base, unit, softcap, window, key_step, value_step, DIM, DIM_POW2, VALUE_DIM, VALUE_POW2,
+        DENSE, CAP, WINDOW, PRECISION, BLOCK_K, True,
+    )  # fmt: skip
     result = total * tl.where(mass > 0, 1.0 / mass, 0.0)[:, None]
-    at = ((row.to(tl.int64) * steps + i[:, None]) * heads * rep + query_id) * VALUE_DIM + v[None, :]
-    inside = (i < steps)[:, None] & (v < VALUE_DIM)[None, :]
+    v = tl.arange(0, VALUE_POW2)[None, :]
+    at = ((row * steps + i[:, None]) * heads * rep + query_id) * VALUE_DIM + v
+    inside = (i < steps)[:, None] & (v < VALUE_DIM)
     tl.store(output + at, result.to(output.dtype.element_ty), mask=inside)
-    log = tl.where(mass > 0, (peak + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
+    log2 = (peak if CAP else peak * unit) + tl.log2(mass)
+    log = tl.where(mass > 0, log2 * 0.6931471805599453, float("-inf"))
     tl.store(output_lse + (row * heads * rep + query_id) * steps + i, log, mask=i < steps)
 
 
@@ -103,7 +152,7 @@ def combine_kernel(
     Grid (blocks of queries, batch * query heads). ``output`` may be ``a``; log-sum-exps are
     natural, [B, Hq, S].
     """
-    row = tl.program_id(1) // heads
+    row = (tl.program_id(1) // heads).to(tl.int64)  # offsets may pass 2**31
     head = tl.program_id(1) % heads
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, DIM_POW2)[None, :]

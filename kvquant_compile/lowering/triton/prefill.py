@@ -32,14 +32,14 @@ class Bounds:
         shortest, longest: tokens stored before the step, over the rows.
         top: largest slot of the step.
         padded: whether some tokens of the step are padding.
-        even: whether all rows are equally long and no stored token is hidden.
+        hidden: whether some stored tokens are hidden.
     """
 
     shortest: int
     longest: int
     top: int
     padded: bool
-    even: bool
+    hidden: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ def step_bounds(slots: Tensor, history: Tensor, cache: CacheView) -> Bounds:
     """
     if slots.is_cuda and torch.cuda.is_current_stream_capturing():
         capacity = cache.table.shape[1] * PAGE_TOKENS
-        return Bounds(0, capacity, capacity, padded=True, even=False)
+        return Bounds(0, capacity, capacity, padded=True, hidden=True)
     tensors = (slots, history, cache.positions)
     if any(x.is_inference() for x in tensors):  # these have no version
         return _read_bounds(*tensors)
@@ -77,7 +77,7 @@ def step_bounds(slots: Tensor, history: Tensor, cache: CacheView) -> Bounds:
 def _read_bounds(slots: Tensor, history: Tensor, positions: Tensor) -> Bounds:
     extremes = (history.min(), history.max(), slots.min(), slots.max(), positions.min())
     shortest, longest, low, top, visible = torch.stack(extremes).tolist()
-    return Bounds(shortest, longest, top, low < 0, shortest == longest and visible >= 0)
+    return Bounds(shortest, longest, top, padded=low < 0, hidden=visible < 0)
 
 
 def attend(
@@ -126,7 +126,7 @@ def _own(
         found = device_flash(query, key, value, site.scale, causal=True, new_shape=odd)
         if found is not None:
             return Part(*found)
-    return flash(query, key, value, slots, slots, history, site, None)
+    return flash(query, key, value, slots, slots, history, site, None, not bounds.padded)
 
 
 def _history(
@@ -148,7 +148,9 @@ def _history(
         return
     block = min(block_tokens(query.shape[0]), end - begin)
     space = Workspace.empty(cache, block, query)
-    plain = exact_chunk and bounds.even and not (site.window or site.softcap)
+    dense = not (bounds.padded or bounds.hidden)
+    even = dense and bounds.shortest == bounds.longest
+    plain = exact_chunk and even and not (site.window or site.softcap)
     for first in range(begin, end, block):
         dequantise(cache, limit, first, space)
         found = None
@@ -158,7 +160,8 @@ def _history(
             odd = count < block or query.shape[2] % PAGE_TOKENS != 0
             found = device_flash(query, keys, values, site.scale, causal=False, new_shape=odd)
         if found is None:
-            yield flash(query, space.keys, space.values, slots, space.places, limit, site, first)
+            keys, values, places = space.keys, space.values, space.places
+            yield flash(query, keys, values, slots, places, limit, site, first, dense)
         else:
             yield Part(*found)
 
