@@ -91,6 +91,41 @@ def _key_levels(
 
 
 @triton.jit
+def _scaled_keys(
+    a, b, address, token, pair, scale, zero, PAIRS: tl.constexpr, SLOTS: tl.constexpr,
+    TOKEN_SCALE: tl.constexpr, INDEX: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Keys from levels: token scale, zeros, scales, and what the page's slots hold."""
+    halves = address.to(tl.pointer_type(tl.float16))
+    known = pair < PAIRS
+    if TOKEN_SCALE:
+        factor = tl.load(halves + SCALE // 2 + token).to(tl.float32)[:, None]
+        a *= factor
+        b *= factor
+    a += tl.load(zero + pair, mask=known, other=0.0)
+    b += tl.load(zero + pair + PAIRS, mask=known, other=0.0)
+    a *= tl.load(scale + pair, mask=known, other=0.0)
+    b *= tl.load(scale + pair + PAIRS, mask=known, other=0.0)
+    for i in tl.static_range(SLOTS):
+        at = tl.load(address.to(tl.pointer_type(tl.uint8)) + INDEX + 64 * i + token)
+        rest = tl.load(halves + RESIDUAL // 2 + 64 * i + token).to(tl.float32)[:, None]
+        a += tl.where(at.to(tl.int32)[:, None] == pair, rest, 0.0)
+        b += tl.where(at.to(tl.int32)[:, None] == pair + PAIRS, rest, 0.0)
+    return a, b
+
+
+@triton.jit
+def _rotated(a, b, position, pair, turns, rope_scale, known, NATIVE: tl.constexpr):
+    """Both members of the pairs, turned to their positions."""
+    turn = tl.load(turns + pair, mask=known, other=0)
+    stretch = tl.load(rope_scale + pair, mask=known, other=1.0)
+    angle = ((position.to(tl.int64)[:, None] * turn) >> 32).to(tl.int32)
+    cos, sin = circle(angle, NATIVE)
+    cos, sin = cos * stretch, sin * stretch
+    return a * cos - b * sin, a * sin + b * cos
+
+
+@triton.jit
 def key_kernel(
     keys, places, limit, positions, table, addresses, levels, scale, zero, turns, rope_scale,
     query_order, sinks, heads, first, block, table_row, position_row, page_bytes,
@@ -116,7 +151,6 @@ def key_kernel(
     if start // 64 * 64 < stored:  # whole pages: a tile of keys may end after the last token
         identity = tl.load(table + row * table_row + start // 64)
         address = tl.load(addresses + identity) + head * page_bytes
-        halves = address.to(tl.pointer_type(tl.float16))
         token = slot % 64
         p = tl.arange(0, PAIRS_POW2)[None, :]
         known = p < PAIRS
@@ -125,20 +159,10 @@ def key_kernel(
             address.to(tl.pointer_type(tl.int32)) + CODES // 4, levels + head * (1 << BITS),
             token[:, None], p, live, PAIRS, BITS, PER_LANE, WIDTH, APART,
         )  # fmt: skip
-        if TOKEN_SCALE:
-            factor = tl.load(halves + SCALE // 2 + token).to(tl.float32)[:, None]
-            a *= factor
-            b *= factor
-        constants = head * (2 * PAIRS) + p
-        a += tl.load(zero + constants, mask=known, other=0.0)
-        b += tl.load(zero + constants + PAIRS, mask=known, other=0.0)
-        a *= tl.load(scale + constants, mask=known, other=0.0)
-        b *= tl.load(scale + constants + PAIRS, mask=known, other=0.0)
-        for i in tl.static_range(SLOTS):
-            at = tl.load(address.to(tl.pointer_type(tl.uint8)) + INDEX + 64 * i + token)
-            rest = tl.load(halves + RESIDUAL // 2 + 64 * i + token).to(tl.float32)[:, None]
-            a += tl.where(at.to(tl.int32)[:, None] == p, rest, 0.0)
-            b += tl.where(at.to(tl.int32)[:, None] == p + PAIRS, rest, 0.0)
+        a, b = _scaled_keys(
+            a, b, address, token, p, scale + head * (2 * PAIRS), zero + head * (2 * PAIRS), PAIRS,
+            SLOTS, TOKEN_SCALE, INDEX, RESIDUAL, SCALE,
+        )  # fmt: skip
         if SINKS > 0:
             exact = (slot < SINKS)[:, None]
             base = sinks + tl.program_id(1).to(tl.int64) * (SINKS * (2 * PAIRS + VALUE_DIM))
@@ -148,12 +172,7 @@ def key_kernel(
             a = tl.where(exact, x, a)
             b = tl.where(exact, y, b)
         if ROPE:
-            turn = tl.load(turns + p, mask=known, other=0)
-            stretch = tl.load(rope_scale + p, mask=known, other=1.0)
-            angle = ((position.to(tl.int64)[:, None] * turn) >> 32).to(tl.int32)
-            cos, sin = circle(angle, NATIVE)
-            cos, sin = cos * stretch, sin * stretch
-            a, b = a * cos - b * sin, a * sin + b * cos
+            a, b = _rotated(a, b, position, p, turns, rope_scale, known, NATIVE)
         ca, cb = p, p + PAIRS
         if ORDER:
             ca = tl.load(query_order + ca, mask=known, other=DIM)

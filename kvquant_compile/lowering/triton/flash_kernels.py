@@ -64,6 +64,33 @@ def _absorb_tiles(
 
 
 @triton.jit
+def _borders(
+    slot, stored, past, window, count, first,
+    OWN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Which keys a tile of queries sees: the place of key 0, then borders between keys, tiles
+    apart but for the last: what is before ``begin`` or from ``end`` on nobody sees, and what is in
+    ``whole .. border - 1`` everybody, where keys lie at consecutive places."""
+    lowest = tl.min(tl.where(slot < 0, NOWHERE, slot), 0)
+    highest = tl.max(slot, 0)
+    if OWN:
+        base = stored
+        end = tl.minimum(past, count)
+    else:
+        base = first
+        end = tl.minimum(tl.minimum(stored, highest + 1) - first, count)
+    if WINDOW:
+        begin = tl.maximum(lowest - window + 1 - base, 0) // BLOCK_K * BLOCK_K
+        whole = tl.maximum(highest - window + 1 - base, 0) + BLOCK_K - 1
+        whole = tl.maximum(tl.minimum(whole // BLOCK_K * BLOCK_K, end), begin)
+    else:
+        begin = 0
+        whole = 0
+    border = tl.maximum(tl.minimum(lowest + 1 - base, end) // BLOCK_K * BLOCK_K, whole)
+    return base, begin, whole, border, end
+
+
+@triton.jit
 def flash_kernel(
     query, key, value, slots, places, limit, output, output_lse,
     scale, softcap, window, heads, rep, steps, count, first,
@@ -90,21 +117,9 @@ def flash_kernel(
     rows = query + row * query_batch + query_id * query_head + i.to(tl.int64)[:, None] * query_step
     q = tl.load(rows + d, mask=(i < steps)[:, None] & (d < DIM), other=0.0)
     slot = tl.load(slots + row * slot_row + i, mask=i < steps, other=-1)
-    lowest = tl.min(tl.where(slot < 0, NOWHERE, slot), 0)
-    highest = tl.max(slot, 0)
-    stored = tl.load(limit + row)
-    if OWN:
-        base = stored
-        end = tl.minimum((tile + 1) * BLOCK_Q, count)
-    else:
-        base = first
-        end = tl.minimum(tl.minimum(stored, highest + 1) - first, count)
-    begin = 0
-    whole = 0  # tiles from here on, up to another border, are seen by all queries
-    if WINDOW:
-        begin = tl.maximum(lowest - window + 1 - base, 0) // BLOCK_K * BLOCK_K
-        whole = tl.maximum(highest - window + 1 - base, 0) + BLOCK_K - 1
-        whole = tl.maximum(tl.minimum(whole // BLOCK_K * BLOCK_K, end), begin)
+    base, begin, whole, border, end = _borders(
+        slot, tl.load(limit + row), (tile + 1) * BLOCK_Q, window, count, first, OWN, WINDOW, BLOCK_K
+    )
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q, VALUE_POW2], tl.float32)
@@ -112,7 +127,6 @@ def flash_kernel(
     values = value + row * value_batch + head * value_head
     unit = scale if CAP else scale * 1.4426950408889634
     if DENSE:
-        border = tl.maximum(tl.minimum(lowest + 1 - base, end) // BLOCK_K * BLOCK_K, whole)
         if WINDOW:
             peak, mass, total = _absorb_tiles(
                 peak, mass, total, q, slot, keys, values, places, begin, whole, base,
