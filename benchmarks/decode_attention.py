@@ -120,9 +120,9 @@ def render(rows: Sequence[dict[str, Any]], read: float) -> Table:
 def _cell(result: dict[str, Any], peer: float, read: float) -> str:
     if "us" not in result:
         return "failed" if "error" in result else "-"
-    ratio = f" ({peer / result['us']:.2f}x" if peer else " ("
-    share = f"; {100 * result['bytes_per_second'] / read:.0f} %)" if read else ")"
-    return f"{result['us']:,.1f}{ratio}{share}"
+    notes = [f"{peer / result['us']:.2f}x"] if peer else []
+    notes += [f"{100 * result['bytes_per_second'] / read:.0f} %"] if read else []
+    return f"{result['us']:,.1f}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def main() -> None:
