@@ -11,6 +11,7 @@ Times are medians of calls that are waited for; dequantisation alone is a CUDA g
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -33,7 +34,7 @@ from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
 from kvquant_compile.lowering.attend import CacheView, Site
 from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.lowering.triton import attend as kernels
-from kvquant_compile.lowering.triton.dequantise import Workspace, dequantise
+from kvquant_compile.lowering.triton.dequantise import TOKENS, Workspace, dequantise
 from kvquant_compile.lowering.triton.dispatch import SWITCH
 from kvquant_compile.lowering.triton.flash import Tiling, flash
 from kvquant_compile.lowering.triton.prefill import block_tokens
@@ -136,17 +137,23 @@ def peer(backend: SDPBackend, size: Size, device: torch.device) -> float:
     return seconds(call)
 
 
-def dequantisation(spec: CodecSpec, device: torch.device) -> dict[str, float]:
-    """Microseconds of one block, and gigabytes read and written a second."""
+def dequantisation(spec: CodecSpec, program: int, device: torch.device) -> dict[str, float]:
+    """Microseconds of one block, and gigabytes read and written a second, with so many tokens a
+    program."""
     tokens = block_tokens(1)
     cache = random_cache(spec, Size(0, tokens), device)
     space = Workspace.empty(cache, tokens, torch.empty(0, device=device, dtype=DTYPE))
     limit = torch.tensor([tokens], dtype=torch.int32, device=device)
-    time = graph_seconds([partial(dequantise, cache, limit, 0, space)])
+    time = graph_seconds([partial(dequantise, cache, limit, 0, space, program)])
     layout: PageLayout = cache.layout
     moved = tokens // PAGE_TOKENS * HEADS * layout.page_bytes
     moved += space.keys.nbytes + space.values.nbytes
-    return {"tokens": tokens, "us": time * 1e6, "gigabytes_per_second": moved / time / 1e9}
+    return {
+        "tokens": tokens,
+        "program": program,
+        "us": time * 1e6,
+        "gigabytes_per_second": moved / time / 1e9,
+    }
 
 
 def tilings(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -159,7 +166,8 @@ def tilings(device: torch.device) -> Iterator[dict[str, Any]]:
     for tiles in TILINGS:
         row: dict[str, Any] = {"tiling": str(tiles)}
         try:
-            time = seconds(partial(flash, q, k, v, slots, places, limit, SITES[""], 0, tiles))
+            call = partial(flash, q, k, v, slots, places, limit, SITES[""], 0, True, tiles)
+            time = seconds(call)
             yield row | {"us": time * 1e6, "teraflops": operations / time / 1e12}
         except Exception as error:
             yield row | {"error": failure(error)}
@@ -203,13 +211,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chunks", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--history", type=int, nargs="*", default=[0, 32768, 131072])
-    parser.add_argument("--tilings", action="store_true", help="try tile sizes of our flash kernel")
+    parser.add_argument("--tilings", action="store_true", help="try sizes of tiles and programs")
     args = parser.parse_args()
     os.environ.setdefault(SWITCH, "triton")
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
-    for name, spec in FORMATS.items():
-        rows.append({"dequantise": name, **dequantisation(spec, device)})
+    programs = (8, 16, 32, 64) if args.tilings else (TOKENS,)
+    for (name, spec), program in itertools.product(FORMATS.items(), programs):
+        rows.append({"dequantise": name, **dequantisation(spec, program, device)})
         print(json.dumps(rows[-1]), flush=True)
     if args.tilings:
         for row in tilings(device):

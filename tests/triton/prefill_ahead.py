@@ -1,7 +1,7 @@
 """Compiles the kernels that a prefill launches, for a target without a device.
 
 The launches are recorded from a real call on CPU tensors, so that the compiled arguments are the
-launched ones. Arguments: target (``cuda:90``, ``hip:gfx942``).
+launched ones. Arguments: target (``cuda:90``, ``hip:gfx942``), and steps by name, else all.
 """
 
 # mypy: ignore-errors
@@ -28,6 +28,7 @@ TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
     torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
+OTHER_DEVICES = {"NATIVE": False, "PRECISION": "ieee"}
 PLACES = ((dequantise, ("key_kernel", "value_kernel")), (flash, ("flash_kernel", "combine_kernel")))
 STEP = Case(
     CodecSpec(3, 3, 1, 1, True, 1), (128, 128), half_rope(128, 128), heads=2, rep=4,
@@ -71,8 +72,8 @@ class Launch:
                 signature[name] = "fp32" if isinstance(x, float) else "i32"
                 if isinstance(x, int) and x % 16 == 0:
                     aligned[(i,)] = [["tt.divisibility", 16]]
-        if "NATIVE" in constants:
-            constants["NATIVE"] = backend == "cuda"
+        if backend != "cuda":  # as the launcher decides there
+            constants |= {n: x for n, x in OTHER_DEVICES.items() if n in constants}
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=aligned)
         return source, {n: x for n, x in self.options.items() if n not in names}
 
@@ -99,14 +100,14 @@ def recorded() -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def main(target: str) -> None:
-    """Compile every distinct kernel of every step and report."""
+def main(target: str, *titles: str) -> None:
+    """Compile every distinct kernel of the steps and report."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
     print(f"triton {triton.__version__}")
-    for title, step in STEPS.items():
+    for title in titles or STEPS:
         with recorded() as launches:
-            prefill.attend(*step.build().arguments())
+            prefill.attend(*STEPS[title].build().arguments())
         seen = set()
         for launch in launches:
             source, options = launch.source(backend)

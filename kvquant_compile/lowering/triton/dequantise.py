@@ -16,7 +16,7 @@ from kvquant_compile.lowering.triton.dequantise_kernels import key_kernel, value
 from kvquant_compile.lowering.triton.emit import CodeWords
 from kvquant_compile.lowering.triton.prepared import page_addresses, prepared
 
-TOKENS = 32  # of a program
+TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,9 @@ class Workspace:
         )
 
 
-def dequantise(cache: CacheView, limit: Tensor, first: int, into: Workspace) -> None:
+def dequantise(
+    cache: CacheView, limit: Tensor, first: int, into: Workspace, program: int = TOKENS
+) -> None:
     """Fill a workspace with the slots ``first ..`` of every row: two launches, every page read
     once.
 
@@ -54,22 +56,24 @@ def dequantise(cache: CacheView, limit: Tensor, first: int, into: Workspace) -> 
             left out; what a page has after its last token is finite but means nothing.
         first: a multiple of 64.
         into: receives keys, values and places.
+        program: tokens of a program, a power of two from 8 to 64.
     """
-    block = into.keys.shape[2]
-    grid = (block // TOKENS, into.keys.shape[0] * into.keys.shape[1])
-    _keys(cache, limit, first, into, grid)
-    _values(cache, limit, first, into, grid)
+    _keys(cache, limit, first, into, program)
+    _values(cache, limit, first, into, program)
 
 
-def _keys(
-    cache: CacheView, limit: Tensor, first: int, into: Workspace, grid: tuple[int, int]
-) -> None:
+def _grid(space: Workspace, program: int) -> tuple[int, int]:
+    batch, heads, block, _ = space.keys.shape
+    return block // program, batch * heads
+
+
+def _keys(cache: CacheView, limit: Tensor, first: int, into: Workspace, program: int) -> None:
     layout, tables = cache.layout, LayerTables(*cache.tables)
     spec, at = layout.spec, {name: span[0] for name, span in layout.offsets.items()}
     constants = prepared(layout, cache.tables, cache.geometry)
     pairs = padded(layout.key_dim) // 2
     words = CodeWords("k", at["key_codes"], spec.key_bits, pairs // 4)
-    key_kernel[grid](
+    key_kernel[_grid(into, program)](
         into.keys, into.places, limit, cache.positions, cache.table, page_addresses(cache.pages),
         tables.key_table, tables.key_scale, tables.key_zero, constants.turns,
         constants.rope_scale, constants.query_order, cache.sinks,
@@ -81,19 +85,17 @@ def _keys(
         TOKEN_SCALE=spec.key_token_scale, CODES=at["key_codes"], INDEX=at["key_slot_index"],
         RESIDUAL=at["key_slot_residual"], SCALE=at["key_token_scale"],
         SINKS=cache.sinks.shape[2], ORDER=constants.query_order.numel() > 0,
-        ROPE=constants.rotated > 0, NATIVE=native(), TOKENS=TOKENS,
+        ROPE=constants.rotated > 0, NATIVE=native(), TOKENS=program,
         **launch_options(num_warps=4),
     )  # fmt: skip
 
 
-def _values(
-    cache: CacheView, limit: Tensor, first: int, into: Workspace, grid: tuple[int, int]
-) -> None:
+def _values(cache: CacheView, limit: Tensor, first: int, into: Workspace, program: int) -> None:
     layout, tables = cache.layout, LayerTables(*cache.tables)
     spec, at = layout.spec, {name: span[0] for name, span in layout.offsets.items()}
     channels = padded(layout.value_dim)
     words = CodeWords("v", at["value_codes"], spec.value_bits, channels // 8)
-    value_kernel[grid](
+    value_kernel[_grid(into, program)](
         into.values, limit, cache.table, page_addresses(cache.pages), tables.value_table,
         tables.value_gain, tables.value_offset, cache.sinks,
         layout.heads, first, into.values.shape[2], cache.table.stride(0), layout.page_bytes,
@@ -102,5 +104,5 @@ def _values(
         PER_LANE=words.per_lane, WIDTH=words.width, APART=words.sections == 2,
         SLOTS=spec.value_slots, CODES=at["value_codes"], INDEX=at["value_slot_index"],
         RESIDUAL=at["value_slot_residual"], SCALE=at["value_scale_zero"],
-        SINKS=cache.sinks.shape[2], TOKENS=TOKENS, **launch_options(num_warps=4),
+        SINKS=cache.sinks.shape[2], TOKENS=program, **launch_options(num_warps=4),
     )  # fmt: skip
