@@ -45,3 +45,7 @@ class CacheError(KVQuantError):
 
 class ValidationError(KVQuantError):
     """The rewritten model does not reproduce the original in lossless mode."""
+
+
+class MissingDependencyError(KVQuantError, ImportError):
+    """An optional dependency is not installed."""
