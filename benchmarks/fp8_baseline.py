@@ -48,7 +48,7 @@ def _decode(q, k, v, partial_sum, lse, tokens, share, splits, q_scale, REP: tl.c
         total = tl.zeros([ROWS, D], tl.float32)
     for n in tl.range(first, end, BLOCK):
         at = n + j
-        in_block = (n // V_BLOCK) * V_BLOCK * D + n % V_BLOCK
+        in_block = tl.multiple_of((n // V_BLOCK) * V_BLOCK * D + n % V_BLOCK, 16)
         if COLUMNS:
             keys = k + at[:, None] * D + d[None, :]
             values = v + in_block + d[:, None] * V_BLOCK + j[None, :]
