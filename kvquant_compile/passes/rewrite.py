@@ -20,6 +20,7 @@ from torch import fx
 from kvquant_compile.capture.markers import MARKERS
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants
+from kvquant_compile.passes.device_past import positions_from_slots
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import AttendPlan
 
@@ -52,6 +53,7 @@ def rewrite(
     step = _add_inputs(graph, layers)
     for layer in layers:
         _rewrite_layer(gm, layer, constants[layer.plan.index], copies, step)
+    positions_from_slots(graph, step["slots"])
     graph.eliminate_dead_code()
     _drop_unused_inputs(graph)
     graph.lint()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kvquant_compile.lowering.triton.prepared import page_addresses
 from kvquant_compile.passes.rewrite import CONSTANT_PREFIX
@@ -26,6 +26,7 @@ from kvquant_compile.runtime.program import Program
 
 # Python numbers and tensors of growing shape: a graph would keep those of its capture.
 _CHANGING = ("past", "attention_mask")
+_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class StepGraph:
@@ -228,7 +229,21 @@ def _refusal(program: Program) -> str:
     places = {str(tensor.device) for tensor in _weights(program)} - {str(program.device)}
     if places:
         return f"weights lie on {', '.join(sorted(places))} too"
+    waiting = [node for node in program.graph_module.graph.nodes if _waits(node)]
+    if waiting:
+        return f"the model itself waits for the device, in {waiting[0].target}"
     return ""
+
+
+def _waits(node: fx.Node) -> bool:
+    """Whether a node's result has to be known on the host, or its shape depends on data."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target is torch.ops.aten.index.Tensor:  # depends on data for masks only
+        indices: Any = node.args[1]
+        values = [index.meta.get("val") for index in indices if isinstance(index, fx.Node)]
+        return any(v is not None and v.dtype in (torch.bool, torch.uint8) for v in values)
+    return not _ON_HOST.isdisjoint(node.target.tags)
 
 
 def _weights(program: Program) -> list[Tensor]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kvquant_compile.lowering.triton.dispatch import refusal as kernel_refusal
 from kvquant_compile.runtime.program import Program
+from kvquant_compile.runtime.torch_internals import abandon_pool
 
 Body = Callable[[], Tensor]
 
@@ -49,11 +49,13 @@ class _Lane:
     Attributes:
         stream: where they are captured. cuBLAS keeps a workspace for every stream, and graphs
             that share one must not run at the same time.
-        latest: the last graph captured. While it lives its memory pool does, so that the next
-            capture allocates nothing new; older graphs share the pool.
+        pool: handle of the memory that they share.
+        latest: the last graph captured. While it lives the pool does, so that the next capture
+            allocates nothing new.
     """
 
     stream: torch.cuda.Stream
+    pool: Any
     latest: torch.cuda.CUDAGraph | None = None
 
 
@@ -91,22 +93,16 @@ class CudaGraphs:
         """
         current = torch.cuda.current_stream(device)
         key = int(current.cuda_stream)
-        lane = self._lanes.setdefault(key, _Lane(torch.cuda.Stream(device)))
-        pool = None if lane.latest is None else lane.latest.pool()
+        lane = self._lanes.pop(key, None) or _Lane(
+            torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        )
         graph = torch.cuda.CUDAGraph()
         lane.stream.wait_stream(current)
         with _ONE_CAPTURE, torch.cuda.stream(lane.stream):
-            # Other threads may allocate and wait as they like meanwhile.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                output = body()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # the capture may be invalid by now
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            output = _capture(graph, body, device, lane.pool)
         current.wait_stream(lane.stream)
         lane.latest = graph
+        self._lanes[key] = lane  # not after a failure, which leaves the pool in doubt
 
         def replay() -> Tensor:
             graph.replay()
@@ -117,3 +113,23 @@ class CudaGraphs:
     def release(self) -> None:
         """See :class:`GraphBackend`."""
         self._lanes.clear()
+
+
+def _capture(graph: torch.cuda.CUDAGraph, body: Body, device: torch.device, pool: Any) -> Tensor:
+    """Capture on the current stream; ended whatever happens, and then the first error raised."""
+    # Other threads may allocate and wait as they like meanwhile.
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        output = body()
+    except BaseException:
+        try:
+            graph.capture_end()
+        except RuntimeError:  # the capture is invalid, as after waiting for the device
+            abandon_pool(device, pool)
+        raise
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        abandon_pool(device, pool)
+        raise
+    return output

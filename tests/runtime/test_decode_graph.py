@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
 import kvquant_compile
 from kvquant_compile.lowering.triton.compat import unavailable
 from kvquant_compile.runtime import cache as cache_module
+from kvquant_compile.runtime.decode_graph import _waits
 from kvquant_compile.runtime.plugback import installed
 from tests.runtime.recording import HostSyncError, Recording, no_host_sync
 from tests.zoo import decoder, tiny, tokens
@@ -282,16 +285,46 @@ def test_a_cpu_has_no_graphs(llama: PreTrainedModel) -> None:
     assert "cpu has none" in str(kvquant_compile.explain(llama))
 
 
-def test_a_past_on_the_host_is_refused() -> None:
-    model = decoder("SdpaDecoder").eval()
+def loop(name: str, backend: Recording) -> tuple[str, torch.Tensor]:
+    """Why a hand-written decoder has no graph, and its logits in its own loop."""
+    model = decoder(name).eval()
     kvquant_compile.optimize(model, bits=16, example_inputs=(tokens(), None))
-    backend = Recording()
     with graphs(model, backend), torch.no_grad():
         past = model(tokens(2, 5), None)[1]
-        for _ in range(4):
-            _, past = model(tokens(2, 1), past)
-        assert "past on the host" in kvquant_compile.explain(model).decode_step
+        for i in range(5):
+            logits, past = model(tokens(2, 1, seed=i), past)
+        return installed(model).decode.refusal, logits
+
+
+@torch.no_grad()
+def test_a_hand_written_decoder_that_counts_positions() -> None:
+    backend, original = Recording(), decoder("SdpaDecoder").eval()
+    refusal, logits = loop("SdpaDecoder", backend)
+    ids = torch.cat([tokens(2, 5), *(tokens(2, 1, seed=i) for i in range(5))], 1)
+    assert refusal == ""
+    assert (backend.captures, backend.replays) == (1, 4)
+    torch.testing.assert_close(logits, original(ids, None)[0][:, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_past_on_the_host_is_refused() -> None:
+    backend = Recording()
+    assert "past on the host" in loop("CappedDecoder", backend)[0]
     assert backend.captures == 0
+
+
+def symbolic(function: Any) -> list[fx.Node]:
+    return list(make_fx(function, tracing_mode="symbolic")(torch.randn(4, 4)).graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x * x.sum().item()]
+)
+def test_models_that_wait_are_known(function: Any) -> None:
+    assert any(map(_waits, symbolic(function)))
+
+
+def test_models_that_gather_do_not_wait() -> None:
+    assert not any(map(_waits, symbolic(lambda x: x[x[0].argsort()].softmax(-1).topk(2)[1])))
 
 
 def test_gradients_autocast_and_foreign_captures_stay_eager(
