@@ -24,6 +24,8 @@ from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.graph_backend import Body, CudaGraphs, GraphBackend
 from kvquant_compile.runtime.program import Program
 
+# Graphs of a model alive at a time, a few MB each; further caches decode eagerly until others die.
+MOST_GRAPHS = 64
 # Python numbers and tensors of growing shape: a graph would keep those of its capture.
 _CHANGING = ("past", "attention_mask")
 _ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -197,11 +199,14 @@ class DecodeGraphs:
         if seen is None or not known or seen.circumstances != circumstances:
             self._seen[cache] = _Seen(cache.storage, circumstances)
             return None
-        if seen.graph is None:
-            seen.graph = self._capture(cache, inputs, positions, exact_chunk)
-        elif seen.graph.stale():
+        if seen.graph is not None and seen.graph.stale():
             seen.graph = None
+        elif seen.graph is None and self._captured() < MOST_GRAPHS:
+            seen.graph = self._capture(cache, inputs, positions, exact_chunk)
         return seen.graph
+
+    def _captured(self) -> int:
+        return sum(seen.graph is not None for seen in self._seen.values())
 
     def _capture(
         self,

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import kvquant_compile
 from kvquant_compile.lowering.triton.compat import unavailable
 from kvquant_compile.runtime import cache as cache_module
+from kvquant_compile.runtime import decode_graph
 from kvquant_compile.runtime.decode_graph import _waits
 from kvquant_compile.runtime.plugback import installed
 from tests.runtime.recording import HostSyncError, Recording, no_host_sync
@@ -78,6 +79,15 @@ def started(model: Any, seed: int = 0, batch: int = 1, length: int = 9) -> Any:
     for step in range(3):
         run(model, tokens(batch, 1, seed=step), cache)
     return cache
+
+
+class Forgetful(Recording):
+    """Keeps nothing of the body, as a real capture; its steps are wrong."""
+
+    def capture(self, body: Any, device: torch.device) -> Any:
+        self.captures += 1
+        output = body()
+        return lambda: output
 
 
 def both(model: Any, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Recording]:
@@ -178,6 +188,20 @@ def test_two_caches_alternate(llama: PreTrainedModel) -> None:
     with graphs(llama, backend):
         assert all(map(torch.equal, play(), expected))
     assert (backend.captures, backend.replays) == (2, 10)
+
+
+def test_no_more_graphs_than_agreed(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_graph, "MOST_GRAPHS", 1)
+    backend = Forgetful()
+    with graphs(llama, backend):
+        first, second = started(llama, 1), started(llama, 2)
+        assert backend.captures == 1
+        del first
+        gc.collect()
+        run(llama, tokens(1, 1), second)
+    assert backend.captures == 2
 
 
 def test_two_threads(llama: PreTrainedModel, backend: Recording) -> None:
@@ -364,13 +388,6 @@ def test_other_circumstances_are_captured_anew(llama: PreTrainedModel, backend: 
 
 
 def test_a_graph_dies_with_its_cache(llama: PreTrainedModel) -> None:
-    class Forgetful(Recording):
-        """Keeps nothing of the body, as a real capture."""
-
-        def capture(self, body: Any, device: torch.device) -> Any:
-            output = body()
-            return lambda: output
-
     with graphs(llama, Forgetful()):
         cache = started(llama)
         graph = weakref.ref(next(iter(installed(llama).decode._seen.values())).graph)
