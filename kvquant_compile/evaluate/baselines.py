@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvquant_compile.calib.fit_published import inlier_levels, percentiles
 from kvquant_compile.calib.observe import Observed
+from kvquant_compile.codec.algebra import Codec, Recipe
 
 E4M3_MAX = 448.0
 
@@ -35,65 +36,37 @@ class Fp8:
 
 
 @dataclass(frozen=True)
-class IntPerToken:
-    """Asymmetric round-to-nearest per (token, head), float16 scale and zero, after RoPE.
-
-    With ``group`` channels to a scale instead of the whole head, if not 0.
+class RoundTrip:
+    """A recipe that needs no calibration; an incomplete last unit of tokens stays exact, as in its
+    cache, but nothing else does: windows and sinks are left out, as no codec here has any.
     """
 
-    bits: int
-    group: int = 0
-    pre_rope: bool = False
+    recipe: Recipe
+
+    @property
+    def pre_rope(self) -> bool:
+        """As the recipe."""
+        return self.recipe.pre_rope
 
     def keys(self, x: Tensor, layer: int) -> Tensor:
-        """[B, H, S, D] -> the same, rounded."""
-        parts = x.split(self.group or x.shape[-1], -1)
-        return torch.cat([round_asymmetric(part, self.bits, -1) for part in parts], -1)
+        """[B, H, S, D] -> the same, as read back."""
+        return _round_trip(self.recipe.keys, x)
 
     def values(self, x: Tensor, layer: int) -> Tensor:
         """As keys."""
-        return self.keys(x, layer)
+        return _round_trip(self.recipe.values, x)
 
     def effective_bits(self, heads: int, dim: int, tokens: int) -> float:
-        """Codes and 32 bits of scale and zero per group."""
-        return self.bits + 32 / min(self.group or dim, dim)
+        """Mean of the keys' and the values'."""
+        recipe = self.recipe
+        return (recipe.keys.effective_bits(dim) + recipe.values.effective_bits(dim)) / 2
 
 
-@dataclass(frozen=True)
-class Kivi:
-    """KIVI (arXiv 2402.02750): keys per channel in groups of tokens, values per token in groups
-    of channels, asymmetric, after RoPE. No full-precision window, as nothing here has one.
-    """
-
-    bits: int
-    group: int = 64
-    pre_rope: bool = False
-
-    def keys(self, x: Tensor, layer: int) -> Tensor:
-        """[B, H, S, D]; the last group may be shorter."""
-        return torch.cat(
-            [round_asymmetric(part, self.bits, -2) for part in x.split(self.group, -2)], -2
-        )
-
-    def values(self, x: Tensor, layer: int) -> Tensor:
-        """[B, H, S, D]."""
-        return torch.cat(
-            [round_asymmetric(part, self.bits, -1) for part in x.split(self.group, -1)], -1
-        )
-
-    def effective_bits(self, heads: int, dim: int, tokens: int) -> float:
-        """Codes and 32 bits of scale and zero per group."""
-        return self.bits + 16 / self.group + 16 / min(self.group, dim)
-
-
-def round_asymmetric(x: Tensor, bits: int, axis: int) -> Tensor:
-    """Uniform levels between the minimum and the maximum along an axis, float16 parameters."""
-    x = x.float()
-    low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).half().float()
-    zero = low.half().float()
-    codes = ((x - zero) / step.clamp(min=1e-8)).round().clamp(0, 2**bits - 1)
-    return codes * step + zero
+def _round_trip(codec: Codec, x: Tensor) -> Tensor:
+    whole = x.shape[2] // codec.tokens * codec.tokens
+    units = x[:, :, :whole].float().unflatten(2, (-1, codec.tokens))
+    read = codec.decode(codec.encode(units, ()), ()).flatten(2, 3)
+    return torch.cat([read, x[:, :, whole:].float()], 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kvquant_compile.calib.observe import Observed, run_captured
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.evaluate.baselines import Fp8, IntPerToken, Kivi, KVQuantReleased
+from kvquant_compile.evaluate.baselines import Fp8, KVQuantReleased, RoundTrip
 from kvquant_compile.evaluate.fake import FakeCodec, fake_logits
 from kvquant_compile.evaluate.score import Logits, Score, score
 from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.recipes.named import int_per_token, kivi
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.program import Program
 
@@ -75,9 +76,9 @@ def baseline_codecs(
     """name -> (bits, codec); KVQuant as released needs calibration tokens."""
     codecs: dict[str, tuple[int, FakeCodec]] = {"fp8 e4m3": (8, Fp8())}
     for b in bits:
-        codecs[f"int{b} per token"] = (b, IntPerToken(b))
-        codecs[f"int{b} (g32)"] = (b, IntPerToken(b, group=32))
-        codecs[f"kivi-{b} (g64)"] = (b, Kivi(b))
+        codecs[f"int{b} per token"] = (b, RoundTrip(int_per_token(b)))
+        codecs[f"int{b} (g32)"] = (b, RoundTrip(int_per_token(b, group=32)))
+        codecs[f"kivi-{b} (g64)"] = (b, RoundTrip(kivi(b, group=64, window=0)))
         if observed is not None:
             codecs[f"kvquant-{b} (code)"] = (b, KVQuantReleased.fit(observed, b))
     return codecs

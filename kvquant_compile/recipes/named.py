@@ -98,15 +98,20 @@ def gear(
 
 
 def rvq(
-    bits: int = 3, value_bits: int | None = None, *, entries: int = 1 << CODEBOOK_BITS
+    bits: int = 3,
+    value_bits: int | None = None,
+    *,
+    entries: int = 1 << CODEBOOK_BITS,
+    steps: int = 50,
 ) -> Recipe:
     """Residual vector quantisation (arXiv 2410.15704) before RoPE: tokens over their deviation,
     groups of 32 channels (every fourth one for keys) by the sum of entries of several codebooks,
-    2048 vectors each. As many codebooks as fit into ``bits``; 3 bits take the paper's eight."""
+    2048 vectors each, fitted in ``steps`` moving averages. As many codebooks as fit into ``bits``;
+    3 bits take the paper's eight."""
     widths = _widths(bits, value_bits)
     index = (entries - 1).bit_length()
     depths = [max(1, b * CODEBOOK_DIM // index) for b in widths]
-    coded = [repeated(Vq(entries, CODEBOOK_DIM), depth) for depth in depths]
+    coded = [repeated(Vq(entries, CODEBOOK_DIM, steps), depth) for depth in depths]
     keys, values = Interleave(4) >> Normalise() >> coded[0], Normalise() >> coded[1]
     return Recipe(_name("rvq", widths), keys, values)
 

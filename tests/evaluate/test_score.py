@@ -18,7 +18,7 @@ from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.codec.values import dequantise_values, quantise_values
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.evaluate import run, selftest
-from kvquant_compile.evaluate.baselines import Fp8, IntPerToken, Kivi, KVQuantReleased
+from kvquant_compile.evaluate.baselines import Fp8, KVQuantReleased, RoundTrip
 from kvquant_compile.evaluate.fake import FakeCodec, fake_logits
 from kvquant_compile.evaluate.run import Prepared, build, evaluate_widths, prepare
 from kvquant_compile.evaluate.score import score
@@ -26,6 +26,7 @@ from kvquant_compile.evaluate.table import evaluate_table, program_logits, rende
 from kvquant_compile.lowering import ops
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.progress import Progress
+from kvquant_compile.recipes import int_per_token, kivi
 from kvquant_compile.runtime.program import Program
 from kvquant_compile.runtime.validate import lossless_program
 from tests.zoo import captured_decoder, tiny, tokens
@@ -192,7 +193,11 @@ def codec_error(source: Prepared, codec: FakeCodec) -> float:
 
 @pytest.mark.parametrize(
     "make",
-    [IntPerToken, Kivi, None],
+    [
+        lambda bits: RoundTrip(int_per_token(bits)),
+        lambda bits: RoundTrip(kivi(bits, group=32, window=0)),
+        None,
+    ],
     ids=["int per token", "kivi", "kvquant as released"],
 )
 def test_baselines_lose_less_with_more_bits(llama: Prepared, make: Any) -> None:
@@ -206,7 +211,7 @@ def test_baselines_lose_less_with_more_bits(llama: Prepared, make: Any) -> None:
 
 
 def test_fp8_is_close_to_the_original_and_not_equal(llama: Prepared) -> None:
-    assert 1e-4 < codec_error(llama, Fp8()) < 0.7 * codec_error(llama, IntPerToken(4))
+    assert 1e-4 < codec_error(llama, Fp8()) < 0.7 * codec_error(llama, RoundTrip(int_per_token(4)))
 
 
 @pytest.mark.parametrize("keys", [True, False])
@@ -277,6 +282,6 @@ def test_selftest_runs_on_a_hand_written_decoder() -> None:
 
 
 def test_smaller_groups_lose_less_and_cost_more(llama: Prepared) -> None:
-    whole, grouped = IntPerToken(3), IntPerToken(3, group=8)
+    whole, grouped = (RoundTrip(int_per_token(3, group=group)) for group in (0, 8))
     assert codec_error(llama, grouped) < codec_error(llama, whole)
     assert grouped.effective_bits(2, 16, 64) == 7.0 > whole.effective_bits(2, 16, 64) == 5.0
