@@ -125,7 +125,7 @@ class DecodeGraphs:
         self._backend = backend or CudaGraphs()
         self._refusal = self._backend.refusal(program) or _refusal(program)
         self._seen: weakref.WeakKeyDictionary[QuantizedCache, _Seen] = weakref.WeakKeyDictionary()
-        self._running = threading.Lock()
+        self._turn = threading.Lock()  # of one thread to look up, capture or replay
 
     @property
     def enabled(self) -> bool:
@@ -159,10 +159,11 @@ class DecodeGraphs:
         real = cache.admit(batch, steps, attention_mask)
         graph = None
         if steps == 1 and real is None and self._applies():
-            graph = self._graph(cache, inputs, positions, exact_chunk)
+            with self._turn:
+                graph = self._graph(cache, inputs, positions, exact_chunk)
         if graph is None:
             return self.program.proceed(inputs, cache, positions, real, exact_chunk)
-        with self._running:  # graphs share memory, the result included until it is copied
+        with self._turn:  # graphs share memory, the result included until it is copied
             output = graph.run(inputs, positions)
         cache.count(1)
         return output
