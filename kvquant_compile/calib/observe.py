@@ -19,6 +19,7 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import UnsupportedModelError
 from kvquant_compile.passes.head_view import HeadView
 from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.plan import RopeSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,21 @@ class Observed:
     key_gradients: Tensor | None
     value_gradients: Tensor | None
     places: Tensor
+
+
+def behind_rope(seen: Observed, rope: RopeSpec) -> Observed:
+    """The same tokens with their keys rotated, as they are attended; without gradients."""
+    first, second = torch.tensor(rope.in_pairs).unbind(1)
+    to_first, to_second = torch.tensor(rope.out_pairs).unbind(1)
+    frequency = torch.tensor(rope.frequencies, device=seen.keys.device)
+    angle = seen.places[:, None].float() * frequency
+    cos, sin = angle.cos() * rope.scale, angle.sin() * rope.scale
+    a, b = seen.keys[..., first], seen.keys[..., second]
+    keys = torch.empty_like(seen.keys)
+    keys[..., to_first], keys[..., to_second] = a * cos - b * sin, a * sin + b * cos
+    for source, target in rope.passthrough:
+        keys[..., target] = seen.keys[..., source]
+    return Observed(keys, seen.values, None, None, seen.places)
 
 
 class _Recorder(fx.Interpreter):

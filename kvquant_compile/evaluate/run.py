@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.calibrate import CalibrationOptions, fit_artifact, observe_windows
-from kvquant_compile.calib.observe import Observed
+from kvquant_compile.calib.observe import Observed, behind_rope
 from kvquant_compile.capture import Captured, capture
-from kvquant_compile.codec.formats import Format
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
+from kvquant_compile.recipes.choice import Choice, stored_layers
 from kvquant_compile.runtime.program import Program, build_program
 
 
@@ -55,14 +55,23 @@ def prepare(
     return Prepared(captured, layers, observed, source, seconds)
 
 
-def build(prepared: Prepared, form: FormatOptions, options: CalibrationOptions) -> Program:
-    """Fit tables for one format and rewrite the graph with them."""
-    specs: dict[int, Format] = dict(form.specs([layer.plan.index for layer in prepared.layers]))
-    artifact: Artifact = fit_artifact(
-        prepared.captured, prepared.layers, specs, prepared.observed, options, prepared.source
-    )
-    specs, tables = artifact.for_model(prepared.captured, prepared.layers)
-    return build_program(prepared.captured, prepared.layers, specs, tables)
+def build(prepared: Prepared, form: FormatOptions | Choice, options: CalibrationOptions) -> Program:
+    """Fit tables for one format, or one recipe, and rewrite the graph with them."""
+    if isinstance(form, Choice):
+        options = form.calibration(options)
+        specs = form.formats([layer.plan.index for layer in prepared.layers])
+    else:
+        specs = dict(form.specs([layer.plan.index for layer in prepared.layers]))
+    layers = stored_layers(prepared.layers, specs)
+    observed = {
+        i: seen if (rope := layer.plan.kept) is None else behind_rope(seen, rope)
+        for layer in layers
+        if (seen := prepared.observed.get(i := layer.plan.index)) is not None
+    }
+    captured = prepared.captured
+    artifact: Artifact = fit_artifact(captured, layers, specs, observed, options, prepared.source)
+    specs, tables = artifact.for_model(captured, layers)
+    return build_program(captured, layers, specs, tables)
 
 
 def evaluate_widths(

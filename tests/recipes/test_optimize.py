@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 import kvquant_compile
+from kvquant_compile.calib.calibrate import CalibrationOptions
+from kvquant_compile.calib.observe import behind_rope, observe
 from kvquant_compile.capture import capture
 from kvquant_compile.codec.algebra import BlockLayout, RecipeTables
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.errors import OptionError
 from kvquant_compile.evaluate.baselines import RoundTrip
 from kvquant_compile.evaluate.fake import fake_logits
+from kvquant_compile.evaluate.run import Prepared, build
+from kvquant_compile.evaluate.table import program_logits
 from kvquant_compile.lowering.blocks import ring_count
 from kvquant_compile.lowering.triton import dispatch
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.recipes import Recipe, int_per_token, kivi, rvq
+from kvquant_compile.recipes.choice import choose, stored_layers
 from kvquant_compile.runtime.plugback import installed
 from tests.zoo import decoder, tiny, tokens
 
@@ -296,3 +301,30 @@ def test_kernels_leave_recipes_to_the_reference_op() -> None:
     assert not dispatch.use_kernels(torch.zeros(1), str(layout))
     with pytest.raises(ValueError, match="not a page format"):
         dispatch.use_kernels(torch.zeros(1), "recipe Recipe(")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "cohere"])
+def test_calibration_keys_are_rotated_as_the_model_rotates_them(model_type: str) -> None:
+    """What recipes behind RoPE are fitted to without running the model again."""
+    captured = capture(tiny(model_type))
+    layers = recognise(captured)
+    behind = stored_layers(layers, {i.plan.index: kivi(2) for i in layers})
+    before = observe(captured, layers, TEXT[:2], False)
+    attended = observe(captured, behind, TEXT[:2], False)
+    for layer in layers:
+        assert layer.plan.rope is not None
+        rotated = behind_rope(before[layer.plan.index], layer.plan.rope)
+        torch.testing.assert_close(rotated.keys, attended[layer.plan.index].keys)
+        assert difference(before[layer.plan.index].keys, rotated.keys) > 0.1
+
+
+@pytest.mark.parametrize("name", ["fp8", "qserve", "kvquant", "gear"])
+def test_the_evaluation_builds_the_program_that_optimize_builds(name: str) -> None:
+    options = CalibrationOptions.make()
+    captured = capture(tiny("llama"))
+    layers = recognise(captured)
+    observed = observe(captured, layers, TEXT, True)
+    recipe, bits = RECIPES[name]
+    built = build(Prepared(captured, layers, observed, {}, {}), choose(recipe, bits), options)
+    logits = program_logits(captured, built)[0](IDS)
+    assert difference(logits, quantised(optimised(name))[0]) < 1e-4
