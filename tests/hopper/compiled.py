@@ -12,17 +12,28 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kvquant_compile.lowering.hopper.module import hopper_kernel
 from kvquant_compile.lowering.hopper.spec import HopperSpec
 
-TYPES = {
-    "query": "*fp16", "addresses": "*i64", "frequencies": "*fp32", "rope_scale": "*fp32",
-    "key_unit": "*fp32", "gain": "*fp32", "offset": "*fp32", "partial": "*fp32",
-    "partial_lse": "*fp32", "scale": "fp32", "softcap": "fp32",
-    "query_order": "*i32", "slots": "*i32", "history": "*i32", "table": "*i32",
-    "positions": "*i32", "constants": "*i32", "counters": "*i32",
-}  # fmt: skip
+HALVES = ("query", "key", "value", "sinks", "output")
+FLOATS = (
+    "sink_logits", "frequencies", "rope_scale", "key_unit", "gain", "offset", "partial",
+    "partial_lse", "output_lse",
+)  # fmt: skip
+WORDS = (
+    "query_order", "slots", "history", "table", "positions", "constants", "turns", "counters",
+)  # fmt: skip
+TYPES = (
+    dict.fromkeys(HALVES, "*fp16") | dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(WORDS, "*i32")
+    | {"addresses": "*i64", "scale": "fp32", "softcap": "fp32"}
+)  # fmt: skip
 
 
 def compile_hopper(
-    spec: HopperSpec, arch: int = 90, *, exact: bool = True, sinks: int = 1, **options: Any
+    spec: HopperSpec,
+    arch: int = 90,
+    *,
+    exact: bool = True,
+    sinks: int = 1,
+    logits: bool = False,
+    **options: Any,
 ) -> Any:
     """Triton's compiled object."""
     kernel = hopper_kernel(spec)
@@ -34,8 +45,7 @@ def compile_hopper(
         for i, name in enumerate(signature)
         if signature[name].startswith("*") or name == "page_bytes"
     }
-    source = GluonASTSource(
-        fn=kernel, signature=signature, constexprs={"EXACT": exact, "SINKS": sinks}, attrs=aligned
-    )
+    constants = {"EXACT": exact, "SINKS": sinks, "LOGITS": logits}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": spec.warps} | options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

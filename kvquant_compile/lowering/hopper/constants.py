@@ -25,6 +25,7 @@ class HopperConstants:
         block: int32 [H, size / 4], see :class:`~.spec.Constants`.
         key_unit: float32 [H], what a product of a unit query and scaled keys is to be multiplied by.
         frequencies, rope_scale: float32 [P].
+        turns: int32 [P, 2], frequencies in turns a position, as 64-bit fractions.
         query_order: int32 [2 P], or empty.
         gain, offset: float32 [H, value_dim].
         explicit: groups of pairs that are rotated explicitly.
@@ -34,6 +35,7 @@ class HopperConstants:
     block: Tensor
     key_unit: Tensor
     frequencies: Tensor
+    turns: Tensor
     rope_scale: Tensor
     query_order: Tensor
     gain: Tensor
@@ -70,7 +72,7 @@ def hopper_constants(
     assert block.shape[1] * 4 == Constants(spec).size
     return HopperConstants(
         block.contiguous().to(device), unit.float().to(device), frequencies.float().to(device),
-        rope_scale.float().to(device), order.to(torch.int32).to(device),
+        _turn_fractions(frequencies.double()).to(device), rope_scale.float().to(device), order.to(torch.int32).to(device),
         host.value_gain.float().contiguous().to(device),
         host.value_offset.float().contiguous().to(device), explicit, rotates, stretched,
     )  # fmt: skip
@@ -98,7 +100,7 @@ def _sections(
         _table_bytes(host.value_table, bits[1], signed=True),
     ]
     if spec.layout.spec.key_slots:
-        out.append(_outlier_table(spec, frequencies, unit).view(torch.int32))
+        out.append(_outlier_table(spec, frequencies, unit))
     return out
 
 
@@ -150,17 +152,21 @@ def _turned_zeros(spec: HopperSpec, cos: Tensor, sin: Tensor, zero: Tensor) -> T
     return torch.stack([half_words(*x.unbind(-1)) for x in turned], 4)
 
 
-def _turn_words(spec: HopperSpec, frequencies: Tensor) -> Tensor:
-    """Frequencies in turns a position as 64-bit fractions, (high, signed low) of two pairs."""
+def _turn_fractions(frequencies: Tensor) -> Tensor:
+    """Frequencies in turns a position as 64-bit fractions, (high, signed low): int32 [P, 2]."""
     fractions = []
     for f in frequencies.tolist():
         whole = round(f / math.tau * 2.0**64) % 2**64
         low = (whole & 0xFFFFFFFF) - (1 << 32 if whole & 0x80000000 else 0)
         high = ((whole - low) >> 32) % 2**32
         fractions.append((high - (1 << 32) if high >= 1 << 31 else high, low))
-    words = torch.tensor(fractions, dtype=torch.int64)
+    return torch.tensor(fractions, dtype=torch.int64).to(torch.int32)
+
+
+def _turn_words(spec: HopperSpec, frequencies: Tensor) -> Tensor:
+    """Frequencies of the two pairs of every word of a page's angles: int32 [words, 4]."""
     index = _fragment_pairs(spec.key_groups).permute(0, 2, 1, 3)  # group, half, t, low
-    return words[index].to(torch.int32).flatten(-2).reshape(-1, 4)
+    return _turn_fractions(frequencies)[index].flatten(-2).reshape(-1, 4)
 
 
 def _scale_words(spec: HopperSpec, scale: Tensor, zero: Tensor) -> Tensor:
@@ -188,16 +194,16 @@ def _scale_words(spec: HopperSpec, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _outlier_table(spec: HopperSpec, frequencies: Tensor, unit: Tensor) -> Tensor:
-    """(frequency, phase, factor, 0) of every channel in pair order: float32 [H, 2 P, 4].
+    """(frequency, its low word, phase, factor) of every channel in pair order: int32 [H, 2 P, 4].
 
-    The factor takes a residual to the units of the turned queries.
+    A phase of a quarter turn selects member b. The factor takes a residual to the units of the
+    queries.
     """
-    phase = torch.zeros(2 * spec.pairs)
-    phase[spec.pairs :] = math.pi / 2
+    heads = unit.shape[0]
+    out = torch.zeros(heads, 2 * spec.pairs, 4, dtype=torch.int32)
+    out[:, :, :2] = _turn_fractions(frequencies).repeat(2, 1)
+    out[:, spec.pairs :, 2] = 1 << 30
     explicit = torch.arange(spec.pairs) < 16 * spec.explicit
-    factor = torch.where(explicit, 2.0**-EXPLICIT_EXPONENT, 1.0).repeat(2) / HEADROOM
-    frequency = frequencies.float().repeat(2)
-    rows = torch.stack([frequency, phase, factor, torch.zeros_like(factor)], -1)
-    out = rows.repeat(unit.shape[0], 1, 1)
-    out[:, :, 2] /= unit.float()[:, None]
-    return out.contiguous()
+    share = torch.where(explicit, 2.0**-EXPLICIT_EXPONENT, 1.0).repeat(2) / HEADROOM
+    out[:, :, 3] = (share / unit.float()[:, None]).contiguous().view(torch.int32)
+    return out

@@ -1,14 +1,18 @@
-"""The end of a program: its warps' sums become one, normalised, with their log-sum-exp."""
+"""The end of a program: its warps' sums become one, and the last program merges all splits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.hopper.fragments import reduce_lanes
+from kvquant_compile.lowering.hopper.own import ALL_LANES, write_column
 from kvquant_compile.lowering.hopper.spec import COLUMN_GROUP, HopperSpec, Memory
 from kvquant_compile.lowering.hopper.values import LOG2_ONE
-from kvquant_compile.lowering.hopper.visibility import NOTHING
-from kvquant_compile.lowering.hopper.writer import KernelWriter, listed, registers
+from kvquant_compile.lowering.hopper.visibility import HIDDEN, NOTHING
+from kvquant_compile.lowering.hopper.writer import KernelWriter, approximate, listed, registers
+
+BATCH = 8
+"""Splits whose partial results are loaded together."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,12 @@ class EpilogueEmitter:
         self._store(out)
         self._barrier(out)
         out(
-            "base_row = ((gl.program_id(0) * tiles + tile) * splits + split)"
+            "base_row = ((gl.program_id(0) * tiles + tile) * (splits + 1) + split)"
             f" * {self.spec.columns}"
         )
         for turn in range(-(-self._vectors // self.spec.warps)):
             self._merge(out, turn)
-        if self.spec.dynamic:
-            self._reset(out)
+        self._last(out)
 
     def _store(self, out: KernelWriter) -> None:
         for group in range(self.spec.groups):
@@ -76,8 +79,7 @@ class EpilogueEmitter:
         out("top = peak_0", *(f"top = gl.maximum(top, peak_{w})" for w in warps if w))
         out("whole = zero", "even = zero", *(f"r{i} = zero" for i in range(4)))
         for w in warps:
-            text = "ex2.approx.ftz.f32 $0, $1;"
-            out.ptx(text, ["part"], [f"peak_{w} - top"], kinds="f", into="f", pure=True, name="EX2")
+            approximate(out, "ex2", "part", f"peak_{w} - top")
             address = f"shared + {w * self.memory.stage} + vector * 512 + lane * 16"
             self._load16(out, [f"a{i}" for i in range(4)], address)
             out(f"whole += mass_{w} * part", f"even += flat_{w} * part")
@@ -93,22 +95,106 @@ class EpilogueEmitter:
             out(
                 f"result = (r{i} + even) * over * gl.load(gain + at + {i})"
                 f" + gl.load(offset + at + {i})",
+                "result = gl.where(seen, result, 0.0)  # nothing of garbage survives",
                 f"gl.store(partial + target + {i}, result, mask=mine <= {last})",
             )
-        text = "lg2.approx.ftz.f32 $0, $1;"
-        out.ptx(text, ["whole"], ["whole"], kinds="f", into="f", pure=True, name="LG2")
+        approximate(out, "lg2", "whole", "whole")
         out(
             f"sum_log = gl.where(seen, top + whole - {LOG2_ONE}, float('-inf'))",
             f"writes = (mine <= {last}) & (g == 0) & (vector % {groups} == 0)",
             "gl.store(partial_lse + base_row + column, sum_log, mask=writes)",
         )
 
-    def _reset(self, out: KernelWriter) -> None:
-        """The last program of a head and tile leaves its counters at zero for the next launch."""
+    def _last(self, out: KernelWriter) -> None:
+        """The last program of a head and tile merges, and leaves the counters at zero."""
         self._barrier(out)
         out(
+            "", "# the last program merges the splits",
             "done = counters + (gl.program_id(0) * tiles + tile) * 256 + 128",
             "before = gl.atomic_add(done, 1, sem='acq_rel', scope='gpu')",
-        )
+        )  # fmt: skip
         with out.block("if before == splits - 1:"):
+            for number in range(-(-self.spec.columns // self.spec.warps)):
+                self._column(out, number)
             out("gl.store(done, 0)", "gl.store(done - 128, 0)")
+
+    @property
+    def _channels(self) -> range:
+        """A lane takes every 32nd channel."""
+        return range(self.spec.layout.value_dim // 32)
+
+    def _column(self, out: KernelWriter, number: int) -> None:
+        """One query: partial results weighted by their log-sum-exps, and a learned sink."""
+        columns, dim = self.spec.columns, self.spec.layout.value_dim
+        write_column(out, self.spec, number)
+        out(
+            "split_rows = (gl.program_id(0) * tiles + tile) * (splits + 1)",
+            f"own_place = gl.minimum(own_place, {columns - 1})",
+            f"top = zero + {HIDDEN}", "whole = zero",
+        )  # fmt: skip
+        out(*(f"r{i} = zero" for i in self._channels))
+        with out.block("for start in range(0, splits + 1, 32):"):
+            out(
+                "there = start + lane <= splits",
+                f"log = gl.load(partial_lse + (split_rows + start + lane) * {columns} + own_place,"
+                " mask=there, other=float('-inf'), cache_modifier='.cg')",
+                "high = log",
+            )
+            reduce_lanes(out, "high", "gl.maximum({}, {})", lanes=ALL_LANES)
+            out("grown = gl.maximum(top, high)")
+            approximate(out, "ex2", "decay", "top - grown")
+            approximate(out, "ex2", "weight", "log - grown")
+            out("top = grown", "whole = whole * decay + weight")
+            out(*(f"r{i} = r{i} * decay" for i in self._channels))
+            with out.block(f"for first in range(0, gl.minimum(32, splits + 1 - start), {BATCH}):"):
+                self._weigh(out, columns, dim)
+        reduce_lanes(out, "whole", "{} + {}", lanes=ALL_LANES)
+        self._sink_logit(out)
+        self._store_result(out, dim)
+
+    def _weigh(self, out: KernelWriter, columns: int, dim: int) -> None:
+        """Add a batch of splits; all loads first."""
+        for k in range(BATCH):
+            out(
+                f"number = gl.minimum(start + first + {k}, splits)",
+                f"source = partial + ((split_rows + number) * {columns} + own_place).to(gl.int64) * {dim}",
+            )
+            for i in self._channels:
+                out(f"a{k}_{i} = gl.load(source + lane + {32 * i}, cache_modifier='.cg')")
+        for k in range(BATCH):
+            text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+            inputs = ["weight", f"first + {k} + lz"]
+            out.ptx(text, ["share"], inputs, kinds="fr", into="f", name="FROM_LANE")
+            out(f"share = gl.where(start + first + {k} <= splits, share, 0.0)")
+            out(*(f"r{i} += a{k}_{i} * share" for i in self._channels))
+
+    def _sink_logit(self, out: KernelWriter) -> None:
+        with out.block("if LOGITS:"):
+            out(
+                "logit = gl.load(sink_logits + query_head).to(gl.float32) * 1.4426950408889634",
+                "grown = gl.maximum(top, logit)",
+            )
+            approximate(out, "ex2", "decay", "top - grown")
+            approximate(out, "ex2", "weight", "logit - grown + zero")
+            out("top = grown", "whole = whole * decay + weight")
+            out(*(f"r{i} = r{i} * decay" for i in self._channels))
+
+    def _store_result(self, out: KernelWriter, dim: int) -> None:
+        """Output [B, S, Hq, value_dim], natural log-sum-exps [B, Hq, S]."""
+        out(
+            f"seen = top > {NOTHING}",
+            "over = gl.where(seen, 1.0 / whole, 0.0)",
+            "destination = output + ((row * steps + own_step) * (heads * rep) + query_head).to(gl.int64)"
+            f" * {dim}",
+        )
+        for i in self._channels:
+            out(
+                f"gl.store(destination + lane + {32 * i}, (r{i} * over)"
+                ".to(output.dtype.element_ty), mask=own_real)"
+            )
+        approximate(out, "lg2", "whole", "whole")
+        out(
+            "natural = gl.where(seen, (top + whole) * 0.6931471805599453, float('-inf'))",
+            "gl.store(output_lse + (row * (heads * rep) + query_head) * steps + own_step + lane,"
+            " natural, mask=(lane == 0) & own_real)",
+        )

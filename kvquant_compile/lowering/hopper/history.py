@@ -1,7 +1,7 @@
-"""The source of the Hopper kernel: attention to the pages of one kv head, flash decoding.
+"""The source of the Hopper kernel: a decode step's attention in one launch, flash decoding.
 
 A program works on one sequence, one kv head, one tile of query columns and, with the other
-splits, on all pages. Every warp takes whole pages, on its own, as they come: bulk copies into
+splits, on all pages; the last of them to end merges the splits. Every warp takes whole pages, on its own, as they come: bulk copies into
 shared memory, codes to matrix fragments in registers, two kinds of products, a running softmax.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from kvquant_compile.lowering.hopper.epilogue import EpilogueEmitter
 from kvquant_compile.lowering.hopper.keys import KeyEmitter
+from kvquant_compile.lowering.hopper.own import OwnEmitter
 from kvquant_compile.lowering.hopper.queries import QueryEmitter
 from kvquant_compile.lowering.hopper.ring import RingEmitter
 from kvquant_compile.lowering.hopper.slots import KeySlotEmitter, ValueSlotEmitter
@@ -25,12 +26,14 @@ from triton.experimental.gluon import language as gl
 '''
 
 _SIGNATURE = """
-@gluon.jit(do_not_specialize=["window", "rep", "steps", "slot_row", "table_row", "position_row"])
+@gluon.jit(do_not_specialize=["window", "pages"])
 def {name}(
-    query, query_order, slots, history, table, positions, addresses, constants, frequencies,
-    rope_scale, key_unit, gain, offset, counters, partial, partial_lse,
-    scale, softcap, window, heads, rep, steps, query_batch, query_head, query_step, table_row,
-    position_row, slot_row, page_bytes, EXACT: gl.constexpr, SINKS: gl.constexpr,
+    query, key, value, query_order, slots, history, table, positions, addresses, sinks,
+    sink_logits, constants, frequencies, turns, rope_scale, key_unit, gain, offset, counters,
+    partial, partial_lse, output, output_lse,
+    scale, softcap, window, heads, rep, steps, pages, query_batch, query_head_stride, query_step,
+    key_batch, key_head, key_step, value_batch, value_head, value_step, table_row, position_row,
+    slot_row, page_bytes, EXACT: gl.constexpr, SINKS: gl.constexpr, LOGITS: gl.constexpr,
 ):
 """
 
@@ -52,16 +55,21 @@ def _write_body(out: KernelWriter, spec: HopperSpec) -> None:
     values = ValueEmitter(spec, memory, value_slots)
     level = spec.explicit < spec.key_groups  # some pairs leave a constant for every page
     _write_frame(out, spec, memory)
+    visibility.start(out)
+    if not spec.window:
+        ring.start(out)
     visibility.prologue(out)
+    if spec.window:
+        ring.start(out)
     ring.prologue(out)
+    OwnEmitter(spec).write(out)
     queries.prologue(out)
+    key_slots.prologue(out)
     out.ptx("bar.sync 0;", ["_"], ["lz"], name="BARRIER")
     ring.wait(out, "ready", "0")
     keys.prologue(out)
-    key_slots.prologue(out)
     values.prologue(out)
     if not spec.rotates:
-        key_slots.store_queries(out)
         keys.page_constants(out)
     out("", "phase = turn * 0")
     with out.block("while turn < units:"):
@@ -69,13 +77,12 @@ def _write_body(out: KernelWriter, spec: HopperSpec) -> None:
         visibility.page(out)
         if spec.rotates:
             queries.page(out)
-            key_slots.store_queries(out)
             keys.page_constants(out)
         ring.advance(out)
         ring.find(out, "upcoming")
         keys.scores(out, 0)
         key_slots.add(out, 0)
-        ring.locate(out, "upcoming")
+        ring.locate(out)
         keys.scores(out, 1)
         key_slots.add(out, 1)
         ring.copy_keys(out, "(upcoming < units) & (again == 0)")

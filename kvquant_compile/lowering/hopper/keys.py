@@ -47,30 +47,31 @@ class KeyEmitter:
     def _scaled(self) -> bool:
         return self.spec.layout.spec.key_token_scale
 
-    def _constant(self, section: int) -> str:
-        return f"shared + {self.memory.constants + section} + "
+    def _constant(self, section: int) -> int:
+        return self.memory.constants + section
 
     def prologue(self, out: KernelWriter) -> None:
         """The table, and scales and centres of explicit groups, in registers."""
         sections = Constants(self.spec)
         names = [f"key_table{i}" for i in range(4)]
-        load_shared(out, names, self._constant(sections.tables) + "t * 16", 0)
+        load_shared(out, names, "shared + t * 16", self._constant(sections.tables))
         for pairs in range(self.spec.explicit):
             names = [f"z{pairs}_{i}" for i in range(8)]
-            at = 192 * pairs
-            load_shared(out, names, self._constant(sections.scales) + "t * 16", at, at + 64)
+            at = self._constant(sections.scales + 192 * pairs)
+            load_shared(out, names, "shared + t * 16", at, at + 64)
 
     def page_constants(self, out: KernelWriter) -> None:
         """Fold scales into linear queries; ``level`` and ``slope`` of the bytes and the zeros."""
         if not self._linear:
             return
         out("", "# scales into queries; what centres and zeros add to every score")
-        at = self._constant(Constants(self.spec).scales) + "t * 16"
+        scales = self._constant(Constants(self.spec).scales)
         for group in range(self.spec.groups):
             for kind in ("bytes", "zeros"):
                 out(*(f"{kind}{group}_{i} = zero" for i in range(4)))
         for pairs in self._linear:
-            load_shared(out, [f"e{i}" for i in range(12)], at, *(192 * pairs + 64 * k for k in range(3)))
+            parts = (scales + 192 * pairs + 64 * k for k in range(3))
+            load_shared(out, [f"e{i}" for i in range(12)], "shared + t * 16", *parts)
             for group in range(self.spec.groups):
                 self._fold(out, group, pairs)
         for group in range(self.spec.groups):
@@ -135,36 +136,44 @@ class KeyEmitter:
         names = [f"scale{4 * chunk + i}" for i in range(4)]
         out.ptx(text, names, ["here + g * 8"], into="ffff", name="TOKEN_SCALES")
 
+    def _starts(self, group: int) -> list[str]:
+        """What the products of a tile start from: the slope, and levels that scales apply to."""
+        if not self._linear:
+            return ["zero"] * 4
+        if self._scaled:
+            return [f"bytes{group}_0", f"bytes{group}_1"] * 2
+        return ["zero", f"slope{group}"] * 2
+
     def _multiply(self, out: KernelWriter, selectors: list[str], tile: int, pairs: int) -> None:
         """Add a group of pairs to the products ``c{group}_{0..3}`` of a tile."""
         groups = range(self.spec.groups)
-        table = [f"key_table{i}" for i in range(table_words(self.spec.layout.spec.key_bits))]
+        codes = [f"key_table{i}" for i in range(table_words(self.spec.layout.spec.key_bits))]
         sums = [f"c{group}_{i}" for group in groups for i in range(4)]
         kept = "q" if self.spec.rotates else "p"
         queries = [f"{kept}{group}_{pairs}_{x}" for group in groups for x in _WORDS]
-        before = sums if pairs else []
+        before = sums if pairs else [x for group in groups for x in self._starts(group)]
         extra: list[str] = []
         if pairs < self.spec.explicit:
-            at = Constants(self.spec).rotation + 1024 * (tile * self.spec.explicit + pairs)
-            turns = [f"e{i}" for i in range(8)]
-            load_shared(out, turns, self._constant(0) + "lane * 16", at, at + 512)
+            table = Constants(self.spec).rotation + 1024 * (tile * self.spec.explicit + pairs)
+            at, turns = self._constant(table), [f"e{i}" for i in range(8)]
+            load_shared(out, turns, "shared + lane * 16", at, at + 512)
             extra = [*turns, *(f"z{pairs}_{i}" for i in range(8))]
-        inputs = [*selectors, *table, *queries, *extra, *before]
+        inputs = [*selectors, *codes, *queries, *extra, *before]
         kinds = "r" * (len(inputs) - len(before)) + "f" * len(before)
-        text = self._product_text(len(table), bool(extra), bool(before))
+        text = self._product_text(len(codes), bool(extra))
         name = "KEYS_EXPLICIT" if extra else "KEYS_LINEAR"
         out.ptx(text, sums, inputs, kinds=kinds, into="f" * len(sums), name=name)
         if extra and self.spec.zero_fragments:
             self._multiply_zeros(out, tile, pairs)
 
-    def _product_text(self, table_size: int, explicit: bool, adds: bool) -> str:
+    def _product_text(self, table_size: int, explicit: bool) -> str:
         groups = self.spec.groups
         n = 4 * groups
         table = registers(n + 2, table_size)
         queries = registers(n + 2 + table_size, n)
         rest = n + 2 + table_size + n
-        text = ".reg .b32 x, y, tmp, one; .reg .b32 a<4>, b<4>; .reg .f32 fz;\n"
-        text += f"mov.b32 one, {ONES}; mov.f32 fz, 0f00000000;\n"
+        text = ".reg .b32 x, y, tmp, one; .reg .b32 a<4>, b<4>;\n"
+        text += f"mov.b32 one, {ONES};\n"
         a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
         high = "0" if explicit else BYTES_AS_1024
         text += key_fragment(a, f"${n}", table, high) + key_fragment(b, f"${n + 1}", table, high)
@@ -174,28 +183,28 @@ class KeyEmitter:
             rest += 16
         for group in range(groups):
             d, q = registers(4 * group, 4), queries[4 * group : 4 * group + 4]
-            start = registers(rest + 4 * group, 4) if adds else ["fz"] * 4
-            text += product(d, a, q[:2], start) + product(d, b, q[2:], d)
+            text += product(d, a, q[:2], registers(rest + 4 * group, 4)) + product(d, b, q[2:], d)
         return text
 
     def _multiply_zeros(self, out: KernelWriter, tile: int, pairs: int) -> None:
         """Add the turned zeros of an explicit group to ``o{group}_{0..3}``."""
         n = 4 * self.spec.groups
-        at = Constants(self.spec).zeros + 1024 * (tile * self.spec.explicit + pairs)
+        table = Constants(self.spec).zeros + 1024 * (tile * self.spec.explicit + pairs)
+        at = self._constant(table)
         sums = [f"o{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
         queries = [f"q{g}_{pairs}_{x}" for g in range(self.spec.groups) for x in _WORDS]
-        text = ".reg .b32 a<4>, b<4>; .reg .f32 fz; mov.f32 fz, 0f00000000;\n"
+        text = ".reg .b32 a<4>, b<4>;\n"
         for i, name in enumerate("ab"):
             target = ", ".join(f"{name}{k}" for k in range(4))
             text += f"ld.shared.v4.b32 {{{target}}}, [${n}+{at + 512 * i}];\n"
         a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
         for group in range(self.spec.groups):
             d, q = registers(4 * group, 4), registers(n + 1 + 4 * group, 4)
-            start = registers(n + 1 + n + 4 * group, 4) if pairs else ["fz"] * 4
+            start = registers(n + 1 + n + 4 * group, 4)
             text += product(d, a, q[:2], start) + product(d, b, q[2:], d)
-        before = sums if pairs else []
-        inputs = [self._constant(0) + "lane * 16", *queries, *before]
-        kinds = "r" * (1 + n) + "f" * len(before)
+        before = sums if pairs else ["zero"] * n
+        inputs = ["shared + lane * 16", *queries, *before]
+        kinds = "r" * (1 + n) + "f" * n
         out.ptx(text, sums, inputs, kinds=kinds, into="f" * n, name="KEY_ZEROS")
 
     def _finish(self, out: KernelWriter, j: int, r: int) -> None:
@@ -204,15 +213,9 @@ class KeyEmitter:
         where = f"(middle + {TOKENS[j] / 32})"
         sloped = self.spec.rotates and bool(self._linear)
         for group in range(self.spec.groups):
-            even, odd = f"c{group}_{2 * r}", f"c{group}_{2 * r + 1}"
-            score = even
-            if self._scaled and self._linear:
-                score = f"{even} + bytes{group}_0"
-                odd = f"{odd} + bytes{group}_1"
-            elif sloped:
-                odd = f"{odd} + slope{group}"
+            score = f"c{group}_{2 * r}"
             if sloped:
-                score = f"{score} + {where} * ({odd})"
+                score = f"{score} + {where} * c{group}_{2 * r + 1}"
             if self._scaled:
                 score = f"scale{j} * ({score})"
                 if sloped:

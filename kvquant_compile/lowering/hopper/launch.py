@@ -45,18 +45,19 @@ def hopper_spec(
     )
 
 
-def attend_history(
-    query: Tensor, slots: Tensor, history: Tensor, cache: CacheView, site: Site, exact_chunk: bool
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    history: Tensor,
+    cache: CacheView,
+    site: Site,
+    exact_chunk: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the pages; sinks and, if ``exact_chunk``, the step's own tokens left out.
+    """As :func:`kvquant_compile.lowering.attend.attend`, in one launch.
 
-    Args:
-        query: [B, Hq, S, key_dim] with contiguous channels.
-        slots, history, cache, site, exact_chunk: as for the lowering's ``attend``.
-
-    Returns:
-        float32 [B H, tiles, splits, columns, value_dim], normalised, and log2-sum-exps
-        [B H, tiles, splits, columns]; a column is (query head of the group, step).
+    Queries, keys and values have contiguous channels.
     """
     layout = cache.layout
     constants = _constants(layout, cache.tables, cache.geometry)
@@ -65,22 +66,27 @@ def attend_history(
     spec = hopper_spec(layout, constants, site, rep * steps)
     tiles = -(-rep * steps // spec.columns)
     programs = batch * layout.heads * tiles
-    splits = split_count(spec, programs, cache.table.shape[1], query.device)
-    shape = (batch * layout.heads, tiles, splits, spec.columns)
+    pages = cache.table.shape[1]
+    splits = split_count(spec, programs, pages, query.device)
+    shape = (programs, splits + 1, spec.columns)
     partial = query.new_empty(*shape, layout.value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(shape, dtype=torch.float32)
+    output = query.new_empty(batch, steps, query_heads, layout.value_dim)
+    lse = query.new_empty(batch, query_heads, steps, dtype=torch.float32)
+    logits = site.sink_logits
     hopper_kernel(spec)[(batch * layout.heads, splits, tiles)](
-        query, constants.query_order, slots, history, cache.table, cache.positions,
-        page_addresses(cache.pages), constants.block, constants.frequencies,
-        constants.rope_scale, constants.key_unit, constants.gain, constants.offset,
-        _counters(cache.table, programs), partial, partial_lse,
-        site.scale, site.softcap, site.window, layout.heads, rep, steps,
-        query.stride(0), query.stride(1), query.stride(2), cache.table.stride(0),
+        query, key, value, constants.query_order, slots, history, cache.table, cache.positions,
+        page_addresses(cache.pages), cache.sinks, lse if logits is None else logits,
+        constants.block, constants.frequencies, constants.turns, constants.rope_scale,
+        constants.key_unit, constants.gain, constants.offset, _counters(cache.table, programs),
+        partial, partial_lse, output, lse,
+        site.scale, site.softcap, site.window, layout.heads, rep, steps, pages,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], cache.table.stride(0),
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
-        EXACT=exact_chunk, SINKS=cache.sinks.shape[2],
+        EXACT=exact_chunk, SINKS=cache.sinks.shape[2], LOGITS=logits is not None,
         num_warps=spec.warps, **_registers(spec),
     )  # fmt: skip
-    return partial, partial_lse
+    return output, lse
 
 
 def programs_per_multiprocessor(spec: HopperSpec) -> int:

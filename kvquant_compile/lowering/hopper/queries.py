@@ -44,7 +44,7 @@ class QueryEmitter:
             f"column = tile * {self.spec.columns} + {COLUMN_GROUP * group} + (g >> 1)",
             "real = column < rep * steps",
             "rows = query + row.to(gl.int64) * query_batch"
-            " + (head * rep + column // steps) * query_head + (column % steps) * query_step",
+            " + (head * rep + column // steps) * query_head_stride + (column % steps) * query_step",
             "largest = zero",
         )
         for pairs in range(self.spec.key_groups):

@@ -25,6 +25,12 @@ class RingEmitter:
     spec: HopperSpec
     memory: Memory
 
+    def start(self, out: KernelWriter) -> None:
+        """A warp's first page, whose number is asked for before anything else is known."""
+        warps = self.spec.warps
+        out(f"turn = split * {warps} + warp", f"stride = splits * {warps}")
+        self.find(out, "turn")
+
     def prologue(self, out: KernelWriter) -> None:
         """Barriers, the head's constants, and the first page of every warp."""
         m, warps = self.memory, self.spec.warps
@@ -56,9 +62,7 @@ class RingEmitter:
             ],
             kinds="rrlr", name="COPY_CONSTANTS",
         )  # fmt: skip
-        out("turn = split * " + str(warps) + " + warp", f"stride = splits * {warps}")
-        self.find(out, "turn")
-        self.locate(out, "turn")
+        self.locate(out)
         self.copy_keys(out, "turn < units")
         self.copy_values(out, "turn < units")
         if self.spec.dynamic:
@@ -90,11 +94,11 @@ class RingEmitter:
     def find(self, out: KernelWriter, unit: str) -> None:
         """Start loading the page number of a unit."""
         out(
-            f"page_ahead = gl.maximum(gl.minimum(first_page + {unit}, last_page), 0)",
+            f"page_ahead = gl.minimum(first_page + {unit}, pages - 1)",
             "identity = gl.load(table + row * table_row + page_ahead)",
         )
 
-    def locate(self, out: KernelWriter, unit: str) -> None:
+    def locate(self, out: KernelWriter) -> None:
         """Byte addresses of the page and of its positions."""
         out(
             "page_source = gl.load(addresses + identity) + head * page_bytes",

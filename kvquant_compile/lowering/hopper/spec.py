@@ -146,18 +146,18 @@ class Memory:
 
     @functools.cached_property
     def key_slots(self) -> int:
-        """Turned queries by pair and head, a warp, for outlier slots: [pair][4 heads][a, b]."""
+        """Queries by pair and head, for outlier slots: [pair][4 heads][a, b]."""
         return _up(self.constants + Constants(self.spec).size, 128)
 
     @property
     def key_slot_bytes(self) -> int:
-        """Of one warp and group."""
+        """Of one group."""
         return 16 * self.spec.pairs if self.spec.layout.spec.key_slots else 0
 
     @functools.cached_property
     def value_slots(self) -> int:
         """Fixed-point sums of value outliers, a warp: [channel][4 heads] int32."""
-        return self.key_slots + self.spec.warps * self.spec.groups * self.key_slot_bytes
+        return self.key_slots + self.spec.groups * self.key_slot_bytes
 
     @property
     def value_slot_bytes(self) -> int:
@@ -212,7 +212,7 @@ class Constants:
 
     @property
     def outliers(self) -> int:
-        """[channel][frequency, phase, factor, 0] float32, where keys have slots."""
+        """[channel][frequency (two words), phase, factor], where keys have slots."""
         return self.tables + 128
 
     @property

@@ -23,7 +23,7 @@ from kvquant_compile.lowering.hopper.fragments import (
 from kvquant_compile.lowering.hopper.slots import FIXED_ONE, FLUSH_PAGES, ValueSlotEmitter
 from kvquant_compile.lowering.hopper.spec import Constants, HopperSpec, Memory
 from kvquant_compile.lowering.hopper.visibility import HIDDEN
-from kvquant_compile.lowering.hopper.writer import KernelWriter, registers
+from kvquant_compile.lowering.hopper.writer import KernelWriter, approximate, registers
 from kvquant_compile.lowering.triton.spec import table_bias
 
 LOG2_ONE = 15.99997798605
@@ -45,7 +45,7 @@ class ValueEmitter:
     def prologue(self, out: KernelWriter) -> None:
         """The table in registers; zeroed sums."""
         at = self.memory.constants + Constants(self.spec).tables + 64
-        load_shared(out, [f"value_table{i}" for i in range(4)], f"shared + {at} + t * 16", 0)
+        load_shared(out, [f"value_table{i}" for i in range(4)], "shared + t * 16", at)
         for group in self._groups:
             out(f"peak{group} = zero + {HIDDEN}", f"mass{group} = zero", f"flat{group} = zero")
             out(*(f"sum{group}_{i} = zero" for i in range(4 * self.spec.value_groups)))
@@ -82,7 +82,7 @@ class ValueEmitter:
             out.ptx(text, ["widest"], ["widest"], pure=True, name="MAX_LANES")
         out.ptx(_LOWER, ["widest"], ["widest"], into="f", pure=True, name="LOWER_HALF")
         out("widest = gl.maximum(widest, 1e-7)")
-        _math(out, "lg2", "room", "widest")
+        approximate(out, "lg2", "room", "widest")
         out(f"room = {LOG2_ONE} - room")
         for j in range(n):
             out.ptx(_LOWER, [f"step{j}"], [f"w{j}"], into="f", pure=True, name="LOWER_HALF")
@@ -107,7 +107,7 @@ class ValueEmitter:
             "page_mass = zero", "page_flat = zero",
         )  # fmt: skip
         for j in range(8):
-            _math(out, "ex2", f"weight{j}", f"s{group}_{j} * {unit} - ground")
+            approximate(out, "ex2", f"weight{j}", f"s{group}_{j} * {unit} - ground")
             out(
                 f"page_mass += weight{j}",
                 f"page_flat += weight{j} * mean{j}",
@@ -121,8 +121,8 @@ class ValueEmitter:
             name = f"byte{group}_{j // 4}_{j // 2 % 2}"
             out.ptx(text, [name], [f"fixed{j}", f"fixed{j + 1}"], name="BYTES")
         out(f"grown = gl.maximum(peak{group}, top)")
-        _math(out, "ex2", "relative", "top - grown")
-        _math(out, "ex2", f"decay{group}", f"peak{group} - grown")
+        approximate(out, "ex2", "relative", "top - grown")
+        approximate(out, "ex2", f"decay{group}", f"peak{group} - grown")
         if self.slots.count:
             out(f"unit_share = relative * widest * ({FIXED_ONE / 65535.0} / wider)")
             out(*(f"share{group}_{j} = weight{j} * unit_share" for j in range(8)))
@@ -137,8 +137,8 @@ class ValueEmitter:
     def _cap(self, out: KernelWriter, target: str, score: str) -> None:
         """Soft-cap, ``cap tanh(x / cap)``, in units of log 2; masked scores stay low."""
         out(f"x = {score}")
-        _math(out, "ex2", "e", "x / softcap * 2.885390081777927")
-        _math(out, "rcp", "e", "e + 1.0")
+        approximate(out, "ex2", "e", "x / softcap * 2.885390081777927")
+        approximate(out, "rcp", "e", "e + 1.0")
         out(
             f"{target} = gl.where({target} > -1e29,"
             f" softcap * (1.0 - 2.0 * e) * 1.4426950408889634, {target})"
@@ -166,10 +166,16 @@ class ValueEmitter:
                 self.slots.flush(out)
                 out("reach = wider", "since_flush = since_flush * 0")
             for group in self._groups:
-                for i in range(4 * self.spec.value_groups):
-                    out(f"sum{group}_{i} = sum{group}_{i} * decay{group}")
+                for q in range(self.spec.value_groups):
+                    self._scale(out, group, q)
         if self.slots.count:
             self.slots.add(out)
+
+    def _scale(self, out: KernelWriter, group: int, q: int) -> None:
+        """Scale four sums. Not pure: the compiler would do it always, and select."""
+        sums = [f"sum{group}_{4 * q + i}" for i in range(4)]
+        text = "".join(f"mul.rn.f32 ${i}, ${4 + i}, $8;\n" for i in range(4))
+        out.ptx(text, sums, [*sums, f"decay{group}"], kinds="fffff", into="ffff", name="SCALE_SUMS")
 
     def accumulate(self, out: KernelWriter, chunk: int) -> None:
         """Add a chunk's products to ``total{group}_{tile}_{0..3}``."""
@@ -223,10 +229,4 @@ class ValueEmitter:
 
 _LOWER = ".reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l;"
 _UPPER = ".reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h;"
-
-
-def _math(out: KernelWriter, op: str, target: str, value: str) -> None:
-    """The hardware's approximation of exp2, log2 or 1 / x."""
-    text = f"{op}.approx.ftz.f32 $0, $1;"
-    out.ptx(text, [target], [value], kinds="f", into="f", pure=True, name=op.upper())
 

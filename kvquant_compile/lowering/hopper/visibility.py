@@ -34,6 +34,11 @@ class VisibilityEmitter:
     spec: HopperSpec
     memory: Memory
 
+    def start(self, out: KernelWriter) -> None:
+        """``first_page``, where it does not depend on the queries' slots."""
+        if not self.spec.window:
+            out(f"first_page = SINKS // {PAGE_TOKENS}")
+
     def prologue(self, out: KernelWriter) -> None:
         """The tokens [begin, end) that some query sees, [whole_begin, whole_end) that all do."""
         sinks = "SINKS"
@@ -66,45 +71,40 @@ class VisibilityEmitter:
             )
         size = PAGE_TOKENS
         out(
-            f"first_page = begin // {size}",
-            f"last_page = (end + {size - 1}) // {size} - 1",
-            "units = gl.maximum(last_page - first_page + 1, 0)",
+            *([f"first_page = begin // {size}"] if self.spec.window else []),
+            f"units = gl.maximum((end + {size - 1}) // {size} - begin // {size}, 0)",
             "floor = limit * 0 + " + NO_BASE,
         )
 
     def page(self, out: KernelWriter) -> None:
         """Decide about the page of this turn; ``again`` is 1 where it has to be read once more."""
         out("", "# positions", f"first = (first_page + turn) * {PAGE_TOKENS}")
-        names = [f"at{j}" for j in range(8)]
-        p = self.memory.positions
-        load_shared(out, names, "here + g * 16", p, p + 128)
         self._check(out)
         edge = f"(first < whole_begin) | (first + {PAGE_TOKENS} > whole_end)"
         out.ptx("mov.u32 $0, kvq_flag;", ["uneven"], ["turn"], name="GET_FLAG")
-        out(
-            f"slow = ({edge}) | (uneven != 0)", "again = turn * 0", "visible = lz + 255",
-            "base = at0 - g * 4",
-        )  # fmt: skip
+        out(f"slow = ({edge}) | (uneven != 0)", "again = turn * 0", "visible = lz + 255")
         with out.block("if slow:"):
             self._slow(out)
 
     def _check(self, out: KernelWriter) -> None:
-        """Set the flag where positions are not consecutive, or tokens hidden."""
-        if not self.spec.rotates:
-            text = "or.b32 x, $1, $2;\n" + "".join(f"or.b32 x, x, ${i};\n" for i in range(3, 9))
-            text += "and.b32 x, x, 0x80000000;\n"
+        """``base``, the first token's position, and the flag: set where tokens are hidden or,
+        with RoPE, positions not consecutive. A lane looks at two tokens."""
+        text = f".reg .b32 p, q, x; .reg .pred f; ld.shared.v2.b32 {{p, q}}, [$1+{self.memory.positions}];\n"
+        if self.spec.rotates:
+            text += (
+                "shfl.sync.idx.b32 $0, p, 0, 31, -1; sub.s32 q, q, p; sub.s32 q, q, 1;\n"
+                ".reg .b32 y; sub.s32 y, p, $0; sub.s32 y, y, $2; and.b32 x, p, 0x80000000;\n"
+                "or.b32 x, x, y; or.b32 x, x, q;\n"
+            )
         else:
-            text = "shfl.sync.idx.b32 y, $1, 0, 31, -1; sub.s32 y, $1, y; sub.s32 y, y, $9;\n"
-            text += "and.b32 x, $1, 0x80000000; or.b32 x, x, y;\n"
-            for i, token in enumerate(TOKENS[1:]):
-                text += f"sub.s32 y, ${2 + i}, $1; sub.s32 y, y, {token}; or.b32 x, x, y;\n"
-        text = ".reg .b32 x, y; .reg .pred p;\n" + text
-        text += "setp.ne.u32 p, x, 0; vote.sync.any.pred p, p, -1; selp.u32 kvq_flag, 1, 0, p;"
-        inputs = [f"at{j}" for j in range(8)] + ["g * 4"]
-        out.ptx(text, ["_"], inputs, name="CHECK")
+            text += "mov.b32 $0, p; or.b32 x, p, q; and.b32 x, x, 0x80000000;\n"
+        text += "setp.ne.u32 f, x, 0; vote.sync.any.pred f, f, -1; selp.u32 kvq_flag, 1, 0, f;"
+        out.ptx(text, ["base"], ["here + lane * 8", "lane * 2"], name="CHECK")
 
     def _slow(self, out: KernelWriter) -> None:
         """Pick the lowest offset above the last pass's, and the tokens that have it."""
+        p = self.memory.positions
+        load_shared(out, [f"at{j}" for j in range(8)], "here + g * 16", p, p + 128)
         for j, token in enumerate(TOKENS):
             out(
                 f"slot{j} = first + g * 4 + {token}",
@@ -141,8 +141,7 @@ class VisibilityEmitter:
         out("visible = " + " | ".join(terms))
 
     def mask(self, out: KernelWriter) -> None:
-        """Hide scores ``s{group}_{j}`` and zero what values take from hidden tokens."""
-        slots = range(self.spec.layout.spec.value_slots)
+        """Hide scores ``s{group}_{j}``, and scales and zeros ``w{j}`` of hidden tokens' values."""
         with out.block("if slow:"):
             for group in range(self.spec.groups):
                 self._columns(out, group)
@@ -154,8 +153,6 @@ class VisibilityEmitter:
                     out(f"s{group}_{j} = gl.where({shown}, s{group}_{j}, {HIDDEN})")
             for j in range(8):
                 out(f"w{j} = gl.where((visible & {1 << j}) != 0, w{j}, 0)")
-                for slot in slots:
-                    out(f"rest{slot}_{j} = gl.where((visible & {1 << j}) != 0, rest{slot}_{j}, 0)")
 
     def _columns(self, out: KernelWriter, group: int) -> None:
         """``start`` and ``stop``: tokens that the lane's query sees."""

@@ -100,3 +100,9 @@ def registers(first: int, count: int) -> list[str]:
 def listed(names: Sequence[str]) -> str:
     """A vector operand."""
     return "{" + ", ".join(names) + "}"
+
+
+def approximate(out: KernelWriter, op: str, target: str, value: str) -> None:
+    """``target``: the hardware's approximation of exp2, log2 or 1 / x, flushing denormals."""
+    text = f"{op}.approx.ftz.f32 $0, $1;"
+    out.ptx(text, [target], [value], kinds="f", into="f", pure=True, name=op.upper())

@@ -1,4 +1,4 @@
-"""``kvquant::attend`` through the generated kernels: two launches for decode, three for prefill."""
+"""``kvquant::attend`` through the generated kernels: two launches for decode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvquant_compile.lowering.attend import CacheView, Site
 from kvquant_compile.lowering.hopper import launch
 from kvquant_compile.lowering.triton import prefill
 from kvquant_compile.lowering.triton.compat import launch_options, native
-from kvquant_compile.lowering.triton.merge import merge_kernel, own_kernel
+from kvquant_compile.lowering.triton.merge import merge_kernel
 from kvquant_compile.lowering.triton.module import history_kernel
 from kvquant_compile.lowering.triton.prepared import (
     Prepared,
@@ -23,6 +23,7 @@ from kvquant_compile.lowering.triton.prepared import (
 from kvquant_compile.lowering.triton.spec import KernelSpec
 
 OWN_STEPS = 16
+"""Steps of more tokens are prefill."""
 
 
 def kernel_spec(layout: PageLayout, constants: Prepared, site: Site, columns: int) -> KernelSpec:
@@ -47,34 +48,33 @@ def attend(
     site: Site,
     exact_chunk: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`kvquant_compile.lowering.attend.attend`, without host synchronisation.
+    """As :func:`kvquant_compile.lowering.attend.attend`, without host synchronisation
+    for steps of up to ``OWN_STEPS`` tokens; longer ones go to :mod:`.prefill`.
 
     Products are float16 with float32 sums, whatever the dtype of the query.
     """
     layout = cache.layout
     constants = prepared(layout, cache.tables, cache.geometry)
     query, key, value = (_rows(x) for x in (query, key, value))
-    batch, query_heads, steps, _ = query.shape
-    if steps > OWN_STEPS:
+    if query.shape[2] > OWN_STEPS:
         return prefill.attend(query, key, value, slots, history, cache, site, exact_chunk)
     if launch.applies(layout, query.device):
-        read = launch.attend_history
-    else:
-        read = attend_history
-    partial, partial_lse = read(query, slots, history, cache, site, exact_chunk)
-    own = _own(query, key, value, slots, site, layout, exact_chunk and steps > OWN_STEPS)
+        return launch.attend(query, key, value, slots, history, cache, site, exact_chunk)
+    partial, partial_lse = _attend_pages(query, slots, history, cache, site, exact_chunk)
     return _merge(
-        partial, partial_lse, own, query, key, value, slots, history, cache, site, constants,
-        layout, exact_chunk,
+        partial, partial_lse, query, key, value, slots, history, cache, site, constants, layout,
+        exact_chunk,
     )  # fmt: skip
 
 
-def attend_history(
+def _attend_pages(
     query: Tensor, slots: Tensor, history: Tensor, cache: CacheView, site: Site, exact_chunk: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention to the pages by the portable kernel.
 
-    Arguments and results as of :func:`kvquant_compile.lowering.hopper.launch.attend_history`.
+    Returns:
+        float32 [B H, tiles, splits, columns, value_dim], normalised, and log2-sum-exps
+        [B H, tiles, splits, columns]; a column is (query head of the group, step).
     """
     layout = cache.layout
     constants = prepared(layout, cache.tables, cache.geometry)
@@ -107,38 +107,9 @@ def _registers(spec: KernelSpec) -> dict[str, int]:
     return {"maxnreg": 168} if small and native() else {}
 
 
-def _own(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor,
-    site: Site,
-    layout: PageLayout,
-    wanted: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """Attention of a long chunk to itself; None where the merge does it, or nobody."""
-    if not wanted:
-        return None
-    batch, query_heads, steps, dim = query.shape
-    own = query.new_empty(batch, query_heads, steps, layout.value_dim, dtype=torch.float32)
-    lse = query.new_empty(batch, query_heads, steps, dtype=torch.float32)
-    block = 64
-    own_kernel[(batch * query_heads, -(-steps // block))](
-        query, key, value, slots, own, lse, site.scale, site.softcap, site.window,
-        layout.heads, query_heads // layout.heads, steps,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], slots.stride(0),
-        DIM=dim, VALUE_DIM=layout.value_dim, DIM_POW2=max(16, _pow2(dim)),
-        VALUE_POW2=max(16, _pow2(layout.value_dim)), CAP=site.softcap != 0,
-        WINDOW=site.window != 0, BLOCK_Q=block, BLOCK_K=block,
-        **launch_options(num_warps=4, num_stages=2),
-    )  # fmt: skip
-    return own, lse
-
-
 def _merge(
     partial: Tensor,
     partial_lse: Tensor,
-    own: tuple[Tensor, Tensor] | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -157,18 +128,17 @@ def _merge(
     logits = site.sink_logits
     pairs = constants.turns.numel()
     sinks = cache.sinks.shape[2]
-    inline = exact_chunk and own is None
     options: dict[str, Any] = launch_options(num_warps=4)
     merge_kernel[(batch * query_heads, steps)](
         partial, partial_lse, query, key, value, slots, cache.positions, history, cache.sinks,
         lse if logits is None else logits, constants.query_order, constants.turns,
-        constants.rope_scale, *(own or (partial, partial_lse)), output, lse,
+        constants.rope_scale, output, lse,
         site.scale, site.softcap, site.window, layout.heads, query_heads // layout.heads, steps,
         splits, columns, tiles, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         slots.stride(0), cache.positions.stride(0),
         DIM=dim, VALUE_DIM=layout.value_dim, DIM_POW2=_pow2(dim),
         VALUE_POW2=_pow2(layout.value_dim), PAIRS=pairs, PAIRS_POW2=_pow2(pairs), SINKS=sinks,
-        SINKS_POW2=_pow2(sinks), OWN=_pow2(steps) if inline else 0, OWN_APART=own is not None,
+        SINKS_POW2=_pow2(sinks), OWN=_pow2(steps) if exact_chunk else 0,
         EXACT=exact_chunk, CAP=site.softcap != 0, WINDOW=site.window != 0,
         LOGITS=logits is not None, ORDER=constants.query_order.numel() > 0,
         ROPE=constants.rotated > 0, NATIVE=native(), **options,

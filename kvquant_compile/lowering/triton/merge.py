@@ -60,14 +60,14 @@ def _sink_scores(
 @triton.jit
 def merge_kernel(
     partial, partial_lse, query, key, value, slots, positions, history, sinks, sink_logits,
-    query_order, turns, rope_scale, own, own_lse, output, output_lse,
+    query_order, turns, rope_scale, output, output_lse,
     scale, softcap, window,
     heads, rep, steps, splits, columns, tiles,
     query_batch, query_head, query_step, key_batch, key_head, key_step,
     value_batch, value_head, value_step, slot_row, position_row,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_POW2: tl.constexpr,
     PAIRS: tl.constexpr, PAIRS_POW2: tl.constexpr, SINKS: tl.constexpr, SINKS_POW2: tl.constexpr,
-    OWN: tl.constexpr, OWN_APART: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr,
+    OWN: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr,
     WINDOW: tl.constexpr, LOGITS: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -138,9 +138,6 @@ def merge_kernel(
 
     at = (row * query_heads + query_id) * steps + step
     one = tl.arange(0, 1)
-    if OWN_APART:
-        sums = tl.load(own + at.to(tl.int64) * VALUE_DIM + v[None, :], mask=wide, other=0.0)
-        peak, mass, total = _absorb(peak, mass, total, tl.load(own_lse + at + one), sums)
     if LOGITS:
         logit = tl.load(sink_logits + query_id + one).to(tl.float32) * 1.4426950408889634
         peak, mass, total = _absorb(peak, mass, total, logit, total * 0.0)
@@ -149,66 +146,3 @@ def merge_kernel(
     tl.store(output + target + v[None, :], result.to(output.dtype.element_ty), mask=wide)
     log = tl.where(mass > 0, (peak + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
     tl.store(output_lse + at + one, log)
-
-
-@triton.jit
-def own_kernel(
-    query, key, value, slots, own, own_lse, scale, softcap, window, heads, rep, steps,
-    query_batch, query_head, query_step, key_batch, key_head, key_step,
-    value_batch, value_head, value_step, slot_row,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_POW2: tl.constexpr,
-    CAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Causal attention of a step's queries to the step's own exact tokens.
-
-    Grid (batch * query heads, blocks of queries). Writes normalised sums float32
-    [B, Hq, S, VALUE_DIM] and log2-sum-exps [B, Hq, S].
-    """
-    query_heads = heads * rep
-    row = tl.program_id(0) // query_heads
-    query_id = tl.program_id(0) % query_heads
-    head = query_id // rep
-    i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    d = tl.arange(0, DIM_POW2)
-    v = tl.arange(0, VALUE_POW2)
-    q = tl.load(
-        query + row * query_batch + query_id * query_head + i[:, None] * query_step + d[None, :],
-        mask=(i < steps)[:, None] & (d < DIM)[None, :], other=0.0,
-    )  # fmt: skip
-    slot = tl.load(slots + row * slot_row + i, mask=i < steps, other=-1)
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_Q], tl.float32)
-    total = tl.zeros([BLOCK_Q, VALUE_POW2], tl.float32)
-    for first in range(0, (tl.program_id(1) + 1) * BLOCK_Q, BLOCK_K):
-        j = first + tl.arange(0, BLOCK_K)
-        there = j < steps
-        k = tl.load(
-            key + row * key_batch + head * key_head + j[None, :] * key_step + d[:, None],
-            mask=there[None, :] & (d < DIM)[:, None], other=0.0,
-        )  # fmt: skip
-        x = _capped(tl.dot(q, k, input_precision="ieee") * scale, softcap, CAP)
-        place = tl.load(slots + row * slot_row + j, mask=there, other=-1)
-        seen = (j[None, :] <= i[:, None]) & (place >= 0)[None, :] & (slot >= 0)[:, None]
-        if WINDOW:
-            seen &= place[None, :] > slot[:, None] - window
-        x = tl.where(seen, x, float("-inf"))
-        grown = tl.maximum(peak, tl.max(x, 1))
-        ground = tl.where(grown == float("-inf"), 0.0, grown)
-        p = tl.exp2(x - ground[:, None])
-        decay = tl.exp2(peak - ground)
-        values = tl.load(
-            value + row * value_batch + head * value_head + j[:, None] * value_step + v[None, :],
-            mask=there[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        product = tl.dot(p.to(values.dtype), values, input_precision="ieee")
-        total = total * decay[:, None] + product
-        mass = mass * decay + tl.sum(p, 1)
-        peak = grown
-    over = tl.where(mass > 0, 1.0 / mass, 0.0)
-    at = (row * query_heads + query_id) * steps + i
-    tl.store(
-        own + at.to(tl.int64)[:, None] * VALUE_DIM + v[None, :], total * over[:, None],
-        mask=(i < steps)[:, None] & (v < VALUE_DIM)[None, :],
-    )  # fmt: skip
-    lse = tl.where(mass > 0, peak + tl.log2(mass), float("-inf"))
-    tl.store(own_lse + at, lse, mask=i < steps)
