@@ -366,6 +366,14 @@ def test_gradients_autocast_and_foreign_captures_stay_eager(
     assert backend.replays == replays
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_inside_torch_compile(llama: PreTrainedModel, backend: Recording) -> None:
+    cache = started(llama)
+    expected = run(llama, tokens(1, 1), copy.deepcopy(cache))[0]
+    compiled = torch.compile(llama.forward, backend="eager")
+    assert torch.allclose(run(compiled, tokens(1, 1), cache)[0], expected)
+
+
 def test_moved_weights_are_captured_anew(llama: PreTrainedModel, backend: Recording) -> None:
     cache = started(llama)
     weight = llama.model.layers[0].mlp.up_proj.weight
