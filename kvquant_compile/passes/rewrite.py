@@ -53,7 +53,7 @@ def rewrite(
     step = _add_inputs(graph, layers)
     for layer in layers:
         _rewrite_layer(gm, layer, constants[layer.plan.index], copies, step)
-    positions_from_slots(graph, step["slots"])
+    positions_from_slots(gm, step["slots"])
     graph.eliminate_dead_code()
     _drop_unused_inputs(graph)
     graph.lint()

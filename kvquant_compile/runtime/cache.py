@@ -60,11 +60,18 @@ class QuantizedCache(Cache):
         layouts: page layout of every cache layer, in order.
         dtype: the model's dtype (exact tokens are kept in it).
         device: where the pages live.
+        most: columns that the model can place, where it has tables of positions; None: any.
     """
 
-    def __init__(self, layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        dtype: torch.dtype,
+        device: torch.device,
+        most: int | None = None,
+    ) -> None:
         super().__init__(layers=[QuantizedLayer(layout, self) for layout in layouts])
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.most = dtype, device, most
         self.reset()
 
     @property
@@ -104,8 +111,8 @@ class QuantizedCache(Cache):
             attention_mask: [B, columns + S], nonzero for real tokens; None when none is padded.
 
         Raises:
-            CacheError: the batch size differs from the cached one, or the mask contradicts
-                what was cached.
+            CacheError: the batch size differs from the cached one, the mask contradicts what
+                was cached, or the model's tables of positions are too short.
         """
         real = self.admit(positions.shape[0], positions.shape[1], attention_mask)
         return self.place(positions, real)
@@ -120,6 +127,7 @@ class QuantizedCache(Cache):
         Raises:
             CacheError: as :meth:`begin`.
         """
+        self._check_room(steps)
         self._check_batch(batch)
         real = None
         if attention_mask is not None:
@@ -245,6 +253,14 @@ class QuantizedCache(Cache):
                 f"a batch of {batch} does not continue this cache",
                 why=f"it holds {self.batch} sequences",
                 do="Use one cache per batch, or batch_repeat_interleave / batch_select_indices.",
+            )
+
+    def _check_room(self, steps: int) -> None:
+        if self.most is not None and self.columns + steps > self.most:
+            raise CacheError(
+                f"{self.columns + steps} tokens are more than the model has positions for",
+                why=f"its tables of positions end after {self.most}",
+                do="Stop there, or make the model with longer tables.",
             )
 
     def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:

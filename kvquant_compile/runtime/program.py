@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.formats import Format, Layout, Tables
 from kvquant_compile.lowering.constants import lower_layer
+from kvquant_compile.passes.device_past import COLUMNS
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
 from kvquant_compile.runtime.cache import QuantizedCache, Step
@@ -43,7 +44,8 @@ class Program:
 
     def new_cache(self) -> QuantizedCache:
         """An empty cache."""
-        return QuantizedCache(self.layouts, self.dtype, self.device)
+        most = self.graph_module.meta.get(COLUMNS)
+        return QuantizedCache(self.layouts, self.dtype, self.device, most)
 
     def run(
         self,

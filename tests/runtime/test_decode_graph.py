@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import os
 import subprocess
@@ -24,7 +25,7 @@ import kvquant_compile
 from kvquant_compile.lowering.triton.compat import unavailable
 from kvquant_compile.runtime import cache as cache_module
 from kvquant_compile.runtime import decode_graph
-from kvquant_compile.runtime.decode_graph import _waits
+from kvquant_compile.runtime.decode_graph import DecodeGraphs, _waits
 from kvquant_compile.runtime.plugback import installed
 from tests.runtime.recording import HostSyncError, Recording, no_host_sync
 from tests.zoo import decoder, tiny, tokens
@@ -321,19 +322,34 @@ def loop(name: str, backend: Recording) -> tuple[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_a_hand_written_decoder_that_counts_positions() -> None:
-    backend, original = Recording(), decoder("SdpaDecoder").eval()
-    refusal, logits = loop("SdpaDecoder", backend)
+@pytest.mark.parametrize("name", ["SdpaDecoder", "CappedDecoder"])  # an arange, a sliced table
+def test_a_hand_written_decoder_that_counts_positions(name: str) -> None:
+    backend, original = Recording(), decoder(name).eval()
+    refusal, logits = loop(name, backend)
     ids = torch.cat([tokens(2, 5), *(tokens(2, 1, seed=i) for i in range(5))], 1)
     assert refusal == ""
     assert (backend.captures, backend.replays) == (1, 4)
     torch.testing.assert_close(logits, original(ids, None)[0][:, -1:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_past_on_the_host_is_refused() -> None:
+@torch.no_grad()
+def test_a_table_of_positions_ends() -> None:
+    model = decoder("CappedDecoder").eval()
+    kvquant_compile.optimize(model, bits=16, example_inputs=(tokens(), None))
+    most = model.table.shape[0]
+    _, past = model(tokens(1, most), None)
+    with pytest.raises(kvquant_compile.CacheError, match="end after"):
+        model(tokens(1, 1), past)
+    assert past.get_seq_length() == most
+
+
+def test_a_past_on_the_host_is_refused(llama: PreTrainedModel) -> None:
+    program = installed(llama).program
+    inputs = ("hidden", "past", *program.inputs)
+    other = dataclasses.replace(program)
+    other.__dict__["inputs"] = inputs  # a graph that computes with the number
     backend = Recording()
-    assert "past on the host" in loop("CappedDecoder", backend)[0]
-    assert backend.captures == 0
+    assert "past on the host" in DecodeGraphs(other, print, backend).refusal
 
 
 def symbolic(function: Any) -> list[fx.Node]:
