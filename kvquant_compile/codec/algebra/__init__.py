@@ -3,19 +3,13 @@
 from kvquant_compile.codec.algebra.affine import Affine
 from kvquant_compile.codec.algebra.base import (
     Block,
-    Chain,
     Codec,
     Constants,
     Map,
-    Part,
-    Parts,
-    Pipeline,
     Sample,
     Stage,
-    Sum,
-    code_part,
-    float16_part,
 )
+from kvquant_compile.codec.algebra.compose import Chain, Pipeline, Sum
 from kvquant_compile.codec.algebra.floats import Fp8, LowRank, Raw
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.algebra.maps import (
@@ -26,6 +20,7 @@ from kvquant_compile.codec.algebra.maps import (
     Reorder,
     Rotation,
 )
+from kvquant_compile.codec.algebra.parts import Part, Parts, code_part, float16_part
 from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables, Tail
 from kvquant_compile.codec.algebra.stored_stages import Normalise, Outliers
 from kvquant_compile.codec.algebra.tables import Lut, Vq, repeated

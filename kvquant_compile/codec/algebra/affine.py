@@ -7,16 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant_compile.codec.algebra.base import (
-    Codec,
-    Constants,
-    Part,
-    Parts,
-    code_part,
-    float16_part,
-)
+from kvquant_compile.codec.algebra.base import Codec, Constants
 from kvquant_compile.codec.algebra.checks import check
 from kvquant_compile.codec.algebra.numbers import AXES, as_rows, nonzero, saturated, to_float16
+from kvquant_compile.codec.algebra.parts import Part, Parts, code_part, float16_part
 
 _ZERO_STEPS = 127
 _SCALE_STEPS = 255
@@ -132,12 +126,13 @@ class Affine(Codec):
 
     def _two_levels(self, low: Tensor, high: Tensor) -> Parts:
         """Byte scales and zero points, rounded outwards, and their float16 units."""
-        zero_unit = to_float16(low.abs().amax(-1, keepdim=True) / _ZERO_STEPS)
-        steps = (low / nonzero(zero_unit.float())).floor_()
+        zero_unit = to_float16(low.abs().amax(-1, keepdim=True))
+        steps = (low / nonzero(zero_unit.float()) * _ZERO_STEPS).floor_()
         zero = torch.nan_to_num(steps).clamp_(-_ZERO_STEPS - 1, _ZERO_STEPS)
-        step = (high - zero * zero_unit.float()) / self.levels
-        unit = to_float16(step.amax(-1, keepdim=True) / _SCALE_STEPS)
-        scale = torch.nan_to_num((step / nonzero(unit.float())).ceil_()).clamp_(0, _SCALE_STEPS)
+        step = (high - zero / _ZERO_STEPS * zero_unit.float()) / self.levels
+        unit = to_float16(step.amax(-1, keepdim=True))
+        steps = (step / nonzero(unit.float()) * _SCALE_STEPS).ceil_()
+        scale = torch.nan_to_num(steps).clamp_(0, _SCALE_STEPS)
         code = (zero + _ZERO_STEPS + 1).to(torch.uint8)
         return scale.to(torch.uint8), code, unit, zero_unit
 
@@ -146,9 +141,10 @@ class Affine(Codec):
         numbers = [part.float() for part in stored]
         if self.two_level:
             half = len(numbers) // 2
+            shares = [numbers[0] / _SCALE_STEPS]
             if not self.symmetric:
-                numbers[1] = numbers[1] - (_ZERO_STEPS + 1)
-            numbers = [a * b for a, b in zip(numbers[:half], numbers[half:], strict=True)]
+                shares.append((numbers[1] - (_ZERO_STEPS + 1)) / _ZERO_STEPS)
+            numbers = [share * unit for share, unit in zip(shares, numbers[half:], strict=True)]
         length = x.shape[-1] if self.axis == "token" else x.shape[-2]
         spread = [as_rows(self._spread(n, length), self.axis) for n in numbers]
         if self.symmetric:

@@ -22,7 +22,7 @@ def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def fit_codebook(vectors: Tensor, entries: int, steps: int, generator: torch.Generator) -> Tensor:
-    """A codebook float32 [entries, d], float16-representable, for vectors [N, d]."""
+    """A codebook float32 [entries, d] for vectors [N, d]."""
     order = torch.randperm(vectors.shape[0], generator=generator)[:START_VECTORS]
     start = vectors[order.to(vectors.device)]
     repeats = -(-entries // start.shape[0])
@@ -38,7 +38,7 @@ def fit_codebook(vectors: Tensor, entries: int, steps: int, generator: torch.Gen
         moment = DECAY * moment + (1 - DECAY) * total
         smooth = (mass + SMOOTHING) / (mass.sum() + entries * SMOOTHING) * mass.sum()
         codebook = torch.where(mass[:, None] > SMOOTHING, moment / smooth[:, None], codebook)
-    return codebook.half().float()
+    return codebook
 
 
 def _sums(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

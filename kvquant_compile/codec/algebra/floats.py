@@ -8,16 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvquant_compile.codec.algebra.base import (
-    Codec,
-    Constants,
-    Part,
-    Parts,
-    Sample,
-    float16_part,
-)
+from kvquant_compile.codec.algebra.base import Codec, Constants, Sample
 from kvquant_compile.codec.algebra.checks import check
 from kvquant_compile.codec.algebra.numbers import to_float16
+from kvquant_compile.codec.algebra.parts import Part, Parts, float16_part
 
 _LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kvquant_compile.codec.algebra.affine import Affine
-from kvquant_compile.codec.algebra.base import Chain, Codec, Constants, Pipeline, Sample, Sum
+from kvquant_compile.codec.algebra.base import Codec, Constants, Sample
 from kvquant_compile.codec.algebra.checks import check
+from kvquant_compile.codec.algebra.compose import Chain, Pipeline, Sum
 from kvquant_compile.codec.algebra.floats import Fp8, LowRank, Raw
 from kvquant_compile.codec.algebra.maps import (
     Centre,

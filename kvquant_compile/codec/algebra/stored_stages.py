@@ -7,16 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant_compile.codec.algebra.base import (
-    Constants,
-    Part,
-    Parts,
-    Stage,
-    code_part,
-    float16_part,
-)
+from kvquant_compile.codec.algebra.base import Constants, Stage
 from kvquant_compile.codec.algebra.checks import check
 from kvquant_compile.codec.algebra.numbers import AXES, as_rows, nonzero, saturated, to_float16
+from kvquant_compile.codec.algebra.parts import Part, Parts, code_part, float16_part
 
 _STATS = ("std", "rms", "absmax")
 

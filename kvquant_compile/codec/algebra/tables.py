@@ -9,18 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvquant_compile.codec.algebra.base import (
-    Codec,
-    Constants,
-    Part,
-    Parts,
-    Sample,
-    Sum,
-    code_part,
-)
+from kvquant_compile.codec.algebra.base import Codec, Constants, Sample
 from kvquant_compile.codec.algebra.checks import check
 from kvquant_compile.codec.algebra.codebook import fit_codebook, nearest_entries
+from kvquant_compile.codec.algebra.compose import Sum
 from kvquant_compile.codec.algebra.lloyd import lloyd_levels
+from kvquant_compile.codec.algebra.parts import Part, Parts, code_part
 
 
 @dataclass(frozen=True)
@@ -42,13 +36,13 @@ class Lut(Codec):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The table, float32 [H, 2**bits], ascending, of float16 values."""
+        """The table, float32 [H, 2**bits], ascending."""
         return ("table",)
 
     def fit(self, sample: Sample) -> Constants:
         """K-means of every head's calibration tokens."""
         rows = [lloyd_levels(head.flatten(), None, 2**self.bits) for head in sample.x]
-        return (torch.stack(rows).half().float(),)
+        return (torch.stack(rows),)
 
     def parts(self, tokens: int, dim: int) -> tuple[Part, ...]:
         """The codes."""
@@ -94,7 +88,7 @@ class Vq(Codec):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The codebook, float32 [entries, dim], of float16 values."""
+        """The codebook, float32 [entries, dim]."""
         return ("codebook",)
 
     def fit(self, sample: Sample) -> Constants:

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from kvquant_compile.codec.algebra.base import Block, Chain, Pipeline, Sum
+from kvquant_compile.codec.algebra.base import Block
+from kvquant_compile.codec.algebra.compose import Chain, Pipeline, Sum
 from kvquant_compile.errors import OptionError
 
 
