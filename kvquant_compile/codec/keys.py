@@ -79,32 +79,29 @@ def _token_scale(x: Tensor, tables: LayerTables, spec: CodecSpec) -> Tensor:
 
     Both leave out the ``key_slots`` elements with the largest weighted error.
     """
-    weight = (tables.key_weight * tables.key_scale.square())[:, None]
-    weight = weight / ordered_sum(weight)
+    weight = channel_importance(tables)[:, None]
     finite = torch.nan_to_num(x, nan=0.0, posinf=FLOAT16_MAX, neginf=-FLOAT16_MAX)
     energy = finite.square() * weight
-    rest = ordered_sum(_without(energy, largest(energy, spec.key_slots)))
+    rest = wide_sum(_without(energy, largest(energy, spec.key_slots)))
     start = (rest.sqrt() / tables.key_norm.view(-1, 1, 1)).clamp_(1e-4, FLOAT16_MAX)
     level = levels_of(nearest_codes(finite / start, tables.key_table), tables.key_table)
     error = (finite - level * start).square_().mul_(weight)
     weight = _without(weight.expand_as(x).clone(), largest(error, spec.key_slots))
     weighted = level * weight
-    fit = ordered_sum(weighted * finite) / ordered_sum(weighted * level)
+    fit = wide_sum(weighted * finite) / wide_sum(weighted * level)
     fit = torch.nan_to_num(fit, nan=1.0) * tables.key_stretch.view(-1, 1, 1)
     return to_float16(fit.clamp_(1e-4, FLOAT16_MAX))
 
 
-def ordered_sum(x: Tensor) -> Tensor:
-    """Sum over channels [..., D] -> [..., 1], halves onto halves: the same bits on every device."""
-    width = 1 << (x.shape[-1] - 1).bit_length()
-    while width > 1:
-        width //= 2
-        low, high = x[..., :width], x[..., width:]
-        if high.shape[-1] == width:
-            x = low + high
-        else:
-            x = torch.cat([low[..., : high.shape[-1]] + high, low[..., high.shape[-1] :]], -1)
-    return x
+def channel_importance(tables: LayerTables) -> Tensor:
+    """Every channel's share of the weight of errors in table units, float32 [H, D]."""
+    weight = tables.key_weight * tables.key_scale.square()
+    return weight / wide_sum(weight)
+
+
+def wide_sum(x: Tensor) -> Tensor:
+    """Sum over channels [..., D] -> [..., 1], in float64: no device's order of summation shows."""
+    return x.sum(-1, keepdim=True, dtype=torch.float64).float()
 
 
 def _without(x: Tensor, index: Tensor) -> Tensor:

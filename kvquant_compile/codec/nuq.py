@@ -48,12 +48,16 @@ def _by_counting(x: Tensor, table: Tensor) -> Tensor:
 def _by_cell(x: Tensor, table: Tensor) -> Tensor:
     """Look the cell ``floor(2 x)`` up: no midpoint lies inside a cell."""
     heads = table.shape[0]
-    levels = table.float()
-    midpoints = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
-    edges = torch.arange(-_HALF_STEPS, _HALF_STEPS, device=x.device).float() / 2
-    edges = edges.expand(heads, -1).contiguous()
-    cell_codes = torch.searchsorted(midpoints, edges, right=True).to(torch.uint8)
     cell = torch.nan_to_num((x * 2).floor_(), nan=-_HALF_STEPS)
     cell = cell.clamp_(-_HALF_STEPS, _HALF_STEPS - 1).to(torch.int32).add_(_HALF_STEPS)
     first = torch.arange(heads, dtype=torch.int32, device=x.device) * (2 * _HALF_STEPS)
-    return cell_codes.view(-1)[cell.add_(first.view(-1, 1, 1))]
+    return cell_codes(table).view(-1)[cell.add_(first.view(-1, 1, 1))]
+
+
+def cell_codes(table: Tensor) -> Tensor:
+    """Codes of the cells ``floor(2 x)`` = -256 .. 255: int8 [H, L] -> uint8 [H, 512]."""
+    levels = table.float()
+    midpoints = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+    edges = torch.arange(-_HALF_STEPS, _HALF_STEPS, device=table.device).float() / 2
+    edges = edges.expand(table.shape[0], -1).contiguous()
+    return torch.searchsorted(midpoints, edges, right=True).to(torch.uint8)

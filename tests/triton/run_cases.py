@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
-from kvquant_compile.lowering.append import append as torch_append
 from kvquant_compile.lowering.triton import attend as kernels
 from kvquant_compile.lowering.triton import prefill
-from kvquant_compile.lowering.triton.append import append as kernel_append
 from kvquant_compile.lowering.triton.dispatch import SWITCH
 from tests.lowering.reference import half_rope, interleaved_rope
+from tests.triton.append_cases import APPENDS, check_append
 from tests.triton.cases import Case, relative_error
 
 TOLERANCE = 2e-3
@@ -171,39 +170,6 @@ def check(name: str, case: Case) -> bool:
     return good
 
 
-APPENDS = {
-    "k3v3 default": (CodecSpec(3, 3, 1, 1, True, 1), (32, 32)),
-    "k2v4 d80": (CodecSpec(2, 4, 2, 0, False, 3), (80, 48)),
-    "k1v8 d40": (CodecSpec(1, 8, 0, 1, True, 0), (40, 24)),
-    "k6v5": (CodecSpec(6, 5, 0, 4, False, 0), (16, 96)),
-}
-
-
-def check_append(name: str, spec: CodecSpec, dims: tuple[int, int], device: torch.device) -> bool:
-    """Append in uneven steps with padding, by the kernel and in torch: the same bytes."""
-    case = replace(BASE, spec=spec, dims=dims, rope=half_rope(dims[0], dims[0]), device=device,
-                   heads=1,
-                   lengths=(140, 100), slabs=1)  # fmt: skip
-    built = case.build()
-    cache, began, same = built.cache, time.perf_counter(), True
-    stores = [([torch.zeros_like(cache.pages[0])], torch.zeros_like(cache.sinks)) for _ in "kt"]
-    at = torch.zeros(2, dtype=torch.int32, device=device)
-    for steps, padding in ((5, 2), (61, 0), (1, 0)):
-        k = torch.randn(2, 1, steps, dims[0], device=device)
-        v = torch.randn(2, 1, steps, dims[1], device=device)
-        slots = at[:, None] + torch.arange(steps, dtype=torch.int32, device=device) - padding
-        slots[:, :padding] = -1
-        slots[1] = torch.where(slots[1] >= 0, slots[1] + padding, -1) if padding == 0 else slots[1]
-        at = slots.amax(1) + 1
-        for run, (pages, sinks) in zip((kernel_append, torch_append), stores, strict=True):
-            run(k, v, slots, cache.table, pages, sinks, cache.tables, cache.geometry, cache.format)
-        same &= torch.equal(stores[0][0][0], stores[1][0][0])
-        same &= torch.equal(stores[0][1], stores[1][1])
-    print(f"{name:24s} {'same bytes' if same else 'bytes differ  <-- wrong'}"
-          f" {time.perf_counter() - began:5.1f} s", flush=True)  # fmt: skip
-    return same
-
-
 def main(part: str, device: str = "cpu") -> int:
     """Run a part; the number of cases that are off."""
     torch.set_num_threads(1)
@@ -212,7 +178,7 @@ def main(part: str, device: str = "cpu") -> int:
     if part == "flash":
         return check_flash(torch.device(device))
     if part == "append":
-        return sum(not check_append(n, *c, torch.device(device)) for n, c in APPENDS.items())
+        return sum(not check_append(n, c, torch.device(device)) for n, c in APPENDS.items())
     cases = {"formats": FORMATS, "features": FEATURES, "prefill": PREFILL}[part]
     if device == "cpu":  # Triton's interpreter multiplies the bits of bfloat16 matrices as integers
         cases = {name: case for name, case in cases.items() if case.dtype != torch.bfloat16}
