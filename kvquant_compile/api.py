@@ -24,14 +24,8 @@ from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import Choice, choose, stored_layers
 from kvquant_compile.runtime.cache import QuantizedCache
-from kvquant_compile.runtime.plugback import (
-    ATTRIBUTE,
-    Installed,
-    install,
-    installed,
-    output_type,
-    uninstall,
-)
+from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
+from kvquant_compile.runtime.plugback import install, output_type, uninstall
 from kvquant_compile.runtime.program import build_program
 from kvquant_compile.runtime.validate import validate_lossless
 

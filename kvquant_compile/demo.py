@@ -19,7 +19,7 @@ from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table,
 from kvquant_compile.evaluate.text import read_text, text_windows
 from kvquant_compile.loading import load_model
 from kvquant_compile.progress import Progress
-from kvquant_compile.runtime.plugback import Installed, installed
+from kvquant_compile.runtime.installed import Installed, installed
 from kvquant_compile.runtime.program import Program
 
 PROMPT = "The history of the city begins in the"

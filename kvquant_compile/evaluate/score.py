@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvquant_compile.runtime.plugback import installed
+from kvquant_compile.runtime.installed import installed
 
 Logits = Callable[[Tensor], Tensor]
 _ROWS = 512

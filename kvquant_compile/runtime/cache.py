@@ -9,10 +9,9 @@ A step changes nothing that is visible until :meth:`QuantizedCache.commit`: it w
 at or above the sequence's length only, so a step that fails in the middle leaves the cache as it
 was.
 
-All device state is changed in place where its shape stays, and ``storage`` is replaced where it
-does not: while ``storage`` is the same object, every tensor has kept its address, and a captured
-device graph may be replayed. A step without padding never waits for the device, apart from one
-comparison of the mask where one is given.
+Device state is changed in place where its shape stays; where not, ``storage`` is replaced: while
+it is the same object every tensor has kept its address, so that a captured graph may be replayed.
+A step without padding waits for the device once, to compare a mask, or without one never.
 """
 
 from __future__ import annotations
@@ -139,9 +138,8 @@ class QuantizedCache(Cache):
 
     @torch.inference_mode(False)
     def place(self, positions: Tensor, real: Tensor | None = None) -> Step:
-        """The device's half of :meth:`begin`: slots of the step's tokens, and their positions
-        stored. Without padding (``real`` is None) it never waits for the device, and no address
-        and no shape in it depends on how much is cached."""
+        """The device's half of :meth:`begin`: slots of the step's tokens, their positions stored.
+        Without padding (``real`` is None) no wait, address or shape depends on what is cached."""
         steps = positions.shape[1]
         if real is None:
             slots = self.lengths[:, None] + torch.arange(
@@ -260,7 +258,7 @@ class QuantizedCache(Cache):
             raise CacheError(
                 f"{self.columns + steps} tokens are more than the model has positions for",
                 why=f"its tables of positions end after {self.most}",
-                do="Stop there, or make the model with longer tables.",
+                do="Stop there, or give the model longer ones.",
             )
 
     def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:

@@ -16,7 +16,7 @@ from transformers import BatchEncoding, DynamicCache, PreTrainedModel
 
 import kvquant_compile
 from kvquant_compile.calib.data import WindowSettings, calibration_windows
-from kvquant_compile.runtime.plugback import installed
+from kvquant_compile.runtime.installed import installed
 from tests.zoo import tiny, tokens
 
 TEXT = tokens(4, 64, seed=7)

@@ -27,7 +27,7 @@ from kvquant_compile.lowering.triton import dispatch
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.recipes import Recipe, int_per_token, kivi, rvq
 from kvquant_compile.recipes.choice import choose, stored_layers
-from kvquant_compile.runtime.plugback import installed
+from kvquant_compile.runtime.installed import installed
 from tests.zoo import decoder, tiny, tokens
 
 TEXT = list(tokens(4, 96, seed=7).split(1))

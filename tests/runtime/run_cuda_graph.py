@@ -1,6 +1,6 @@
 """Decode steps as CUDA graphs on a real device. Run as a module:
 
-    KVQUANT_KERNELS=triton python -m tests.runtime.run_cuda_graph [--json FILE] [MODEL ...]
+    python -m tests.runtime.run_cuda_graph [--json FILE] [MODEL ...]
 
 Every model is generated with, greedily, with graphs and without, alone and in a left-padded batch;
 then the cases that could break a graph. Prints one line per case; exits with 1 if one failed. On a
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import kvquant_compile
 from kvquant_compile.runtime.graph_backend import Body, CudaGraphs
-from kvquant_compile.runtime.plugback import installed
+from kvquant_compile.runtime.installed import installed
 from tests.runtime.recording import Recording
 from tests.zoo import tiny, tokens
 

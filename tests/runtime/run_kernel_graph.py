@@ -11,7 +11,7 @@ import torch
 
 import kvquant_compile
 from kvquant_compile.lowering.triton import dispatch
-from kvquant_compile.runtime.plugback import installed
+from kvquant_compile.runtime.installed import installed
 from tests.runtime.recording import Recording
 from tests.zoo import tiny, tokens
 

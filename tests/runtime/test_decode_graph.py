@@ -26,7 +26,7 @@ from kvquant_compile.lowering.triton.compat import unavailable
 from kvquant_compile.runtime import cache as cache_module
 from kvquant_compile.runtime import decode_graph
 from kvquant_compile.runtime.decode_graph import DecodeGraphs, _waits
-from kvquant_compile.runtime.plugback import installed
+from kvquant_compile.runtime.installed import installed
 from tests.runtime.recording import HostSyncError, Recording, no_host_sync
 from tests.zoo import decoder, tiny, tokens
 

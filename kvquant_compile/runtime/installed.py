@@ -1,0 +1,95 @@
+"""The state of an optimised model, kept on the model itself."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from kvquant_compile.calib.artifact import Artifact
+from kvquant_compile.capture.captured import Captured
+from kvquant_compile.errors import OptionError
+from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.runtime.decode_graph import DecodeGraphs
+from kvquant_compile.runtime.program import Program
+
+ATTRIBUTE = "_kvquant"
+
+
+@dataclass(eq=False)
+class Installed:
+    """What an optimised model carries; the only mutable state of the library.
+
+    Attributes:
+        program: the rewritten graph.
+        captured: the captured original.
+        layers: what the passes proved, node by node.
+        artifact: formats and tables.
+        report: what ``explain`` shows.
+        attend_quantized: every query reads every token, its own included, from the packed
+            cache, also where ``use_cache`` is off. Honest evaluation needs it.
+        warned: reasons already warned about.
+        quiet: no warnings, while the library itself runs the original.
+        before: instance attributes that the installed ones replace (a hook's own forward).
+        decode: runs the program's steps.
+    """
+
+    program: Program
+    captured: Captured
+    layers: tuple[MatchedLayer, ...]
+    artifact: Artifact
+    report: Any
+    attend_quantized: bool = False
+    warned: set[str] = field(default_factory=set)
+    quiet: bool = False
+    before: dict[str, Any] = field(default_factory=dict)
+    decode: DecodeGraphs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decode = DecodeGraphs(self.program, self.warn_once)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether decode steps run as CUDA graphs where they can; may be set at any time."""
+        return self.decode.enabled
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self.decode.enabled = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: the installed ``forward`` would go on running this very model.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(
+            "an optimised model cannot be copied or pickled",
+            why="its forward runs a graph that is bound to its own parameters",
+            do="Call kvquant_compile.restore(model), copy it, and optimize both with the same "
+            "artifact; save_pretrained and state_dict work as they are.",
+        )
+
+    def warn_once(self, reason: str) -> None:
+        """One warning per reason and model."""
+        if reason not in self.warned and not self.quiet:
+            self.warned.add(reason)
+            warnings.warn(f"kvquant_compile: {reason}", stacklevel=4)
+
+
+def installed(model: nn.Module) -> Installed:
+    """The state of an optimised model.
+
+    Raises:
+        OptionError: the model is not optimised.
+    """
+    state = model.__dict__.get(ATTRIBUTE)
+    if state is None:
+        raise OptionError(
+            f"{type(model).__name__} is not optimised",
+            why="kvquant_compile.optimize was not called on it, or restore was",
+            do="Call kvquant_compile.optimize(model) first.",
+        )
+    return state
