@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import DEFAULT, FORMATS
-from benchmarks.measure import choose_kernels, environment, save
+from benchmarks.measure import environment, save
 from benchmarks.models import SHAPES, random_llama
 from benchmarks.synthetic import random_artifact
 
@@ -79,7 +79,6 @@ def child(folder: str) -> dict[str, float]:
 def main() -> None:
     """Cold, then warm."""
     args = _arguments()
-    choose_kernels()
     if args.child:
         print(json.dumps(stages(args)))
         return

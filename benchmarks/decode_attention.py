@@ -29,7 +29,6 @@ from benchmarks.contenders import makers
 from benchmarks.measure import (
     Call,
     bandwidth,
-    choose_kernels,
     environment,
     failure,
     graph_seconds,
@@ -128,7 +127,6 @@ def _cell(result: dict[str, Any], peer: float, read: float) -> str:
 def main() -> None:
     """Measure the sizes asked for and write JSON after each."""
     args = _arguments()
-    choose_kernels()
     device = torch.device(args.device)
     sizes = TINY if args.tiny else [s for g in args.groups for s in GROUPS[g]]
     sizes = [s for s in sizes if not args.tokens or s.tokens in args.tokens]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 import time
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-from kvquant_compile.lowering.triton.dispatch import SWITCH
 
 Call = Callable[[], Any]
 
@@ -40,11 +37,6 @@ def environment() -> dict[str, Any]:
         }
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {**device, **versions, "python": platform.python_version(), "date": today}
-
-
-def choose_kernels() -> None:
-    """Ask for generated kernels in this process and its children, unless the user chose."""
-    os.environ.setdefault(SWITCH, "triton")
 
 
 def graph_seconds(calls: Sequence[Call], budget: float = 0.06, rounds: int = 1) -> float:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.cases import DEFAULT, FORMATS
 from benchmarks.decoders import CONTENDERS, Job, backends
-from benchmarks.measure import choose_kernels, environment, failure, save
+from benchmarks.measure import environment, failure, save
 from benchmarks.models import SHAPES, cache_bytes
 
 SPARE = 4e9
@@ -145,7 +145,6 @@ def render(rows: Sequence[dict[str, Any]]) -> Table:
 def main() -> None:
     """Run all jobs, wave by wave."""
     args = _arguments()
-    choose_kernels()
     settings = [tuple(map(int, text.split("x"))) for text in args.settings]
     spec = next(f.spec for f in FORMATS if f.name == args.format)
 

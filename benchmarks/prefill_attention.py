@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from kvquant_compile.lowering.attend import CacheView, Site
 from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.lowering.triton import attend as kernels
 from kvquant_compile.lowering.triton.dequantise import TOKENS, Workspace, dequantise
-from kvquant_compile.lowering.triton.dispatch import SWITCH
 from kvquant_compile.lowering.triton.flash import Tiling, flash
 from kvquant_compile.lowering.triton.prefill import block_tokens
 from kvquant_compile.plan import AttendPlan, LayerPlan
@@ -213,7 +211,6 @@ def main() -> None:
     parser.add_argument("--history", type=int, nargs="*", default=[0, 32768, 131072])
     parser.add_argument("--tilings", action="store_true", help="try sizes of tiles and programs")
     args = parser.parse_args()
-    os.environ.setdefault(SWITCH, "triton")
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
     programs = (8, 16, 32, 64) if args.tilings else (TOKENS,)

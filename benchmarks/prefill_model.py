@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.cases import DEFAULT, FORMATS
 from benchmarks.decoders import peak_bytes, release, reset_peak
-from benchmarks.measure import choose_kernels, environment, failure, save, wall_seconds
+from benchmarks.measure import environment, failure, save, wall_seconds
 from benchmarks.models import SHAPES, random_llama
 from benchmarks.synthetic import random_artifact
 
@@ -83,7 +83,6 @@ def run(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
 def main() -> None:
     """Every length in turn."""
     args = _arguments()
-    choose_kernels()
     record: dict[str, Any] = {
         "environment": environment(), "shape": args.shape, "format": args.format, "rows": [],
     }  # fmt: skip

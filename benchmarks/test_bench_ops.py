@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks.cases import DEFAULT, FORMATS, Format, Size
 from benchmarks.contenders import ours, sdpa
-from kvquant_compile.lowering.triton.dispatch import SWITCH
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SIZES = pytest.mark.parametrize(
@@ -31,8 +30,7 @@ def synchronised(call: Any) -> Any:
 
 @SIZES
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
-def test_attend(benchmark: Any, form: Format, size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SWITCH, "triton")
+def test_attend(benchmark: Any, form: Format, size: Size) -> None:
     contender = ours(form, size, torch.device("cuda"))
     output, lse = contender.calls[0]()
     assert output.isfinite().all()

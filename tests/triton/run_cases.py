@@ -187,5 +187,5 @@ def main(part: str, device: str = "cpu") -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault(SWITCH, "triton")
+    os.environ.setdefault(SWITCH, "portable")
     sys.exit(min(1, main(*sys.argv[1:])))

@@ -13,6 +13,7 @@ import torch
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.errors import OptionError
 from kvquant_compile.lowering.triton.compat import unavailable
 from kvquant_compile.lowering.triton.dispatch import SWITCH, refusal
 from kvquant_compile.lowering.triton.history import history_source
@@ -45,12 +46,16 @@ def test_formats_that_are_not_generated_say_why() -> None:
     assert unsupported(SMALL.layout) == ""
 
 
-def test_kernels_are_opt_in_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SWITCH, raising=False)
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert SWITCH in refusal(SMALL.layout, torch.device("cuda")) or unavailable()
-    monkeypatch.setenv(SWITCH, "triton")
-    assert SWITCH not in refusal(SMALL.layout, torch.device("cuda"))
+    device = torch.device("cuda")
+    monkeypatch.delenv(SWITCH, raising=False)
+    assert refusal(SMALL.layout, device) == unavailable()
+    monkeypatch.setenv(SWITCH, "torch")
+    assert SWITCH in refusal(SMALL.layout, device)
+    monkeypatch.setenv(SWITCH, "fast")
+    with pytest.raises(OptionError, match="portable"):
+        refusal(SMALL.layout, device)
 
 
 @compiles

@@ -11,7 +11,7 @@ from kvquant_compile.lowering.hopper.values import LOG2_ONE
 from kvquant_compile.lowering.hopper.visibility import HIDDEN, NOTHING
 from kvquant_compile.lowering.hopper.writer import KernelWriter, approximate, listed, registers
 
-BATCH = 8
+BATCH = 16
 """Splits whose partial results are loaded together."""
 
 
@@ -90,18 +90,19 @@ class EpilogueEmitter:
             f"channel = g * {self.spec.layout.value_dim // 8} + (vector % {groups}) * 4",
             f"target = (base_row + column).to(gl.int64) * {self.spec.layout.value_dim} + channel",
             f"at = head * {self.spec.layout.value_dim} + channel",
+            f"writes = (mine <= {last}) & (split < splits)",
         )
         for i in range(4):
             out(
                 f"result = (r{i} + even) * over * gl.load(gain + at + {i})"
                 f" + gl.load(offset + at + {i})",
                 "result = gl.where(seen, result, 0.0)  # nothing of garbage survives",
-                f"gl.store(partial + target + {i}, result, mask=mine <= {last})",
+                f"gl.store(partial + target + {i}, result, mask=writes)",
             )
         approximate(out, "lg2", "whole", "whole")
         out(
             f"sum_log = gl.where(seen, top + whole - {LOG2_ONE}, float('-inf'))",
-            f"writes = (mine <= {last}) & (g == 0) & (vector % {groups} == 0)",
+            f"writes &= (g == 0) & (vector % {groups} == 0)",
             "gl.store(partial_lse + base_row + column, sum_log, mask=writes)",
         )
 
@@ -113,15 +114,19 @@ class EpilogueEmitter:
             "done = counters + (gl.program_id(0) * tiles + tile) * 256 + 128",
             "before = gl.atomic_add(done, 1, sem='acq_rel', scope='gpu')",
         )  # fmt: skip
-        with out.block("if before == splits - 1:"):
+        with out.block("if before == splits:"):
             for number in range(-(-self.spec.columns // self.spec.warps)):
                 self._column(out, number)
             out("gl.store(done, 0)", "gl.store(done - 128, 0)")
 
     @property
-    def _channels(self) -> range:
-        """A lane takes every 32nd channel."""
-        return range(self.spec.layout.value_dim // 32)
+    def _vectors_of_lane(self) -> range:
+        """A lane takes four neighbouring channels, and every 128th of these."""
+        return range(-(-self.spec.layout.value_dim // 128))
+
+    @property
+    def _sums(self) -> list[str]:
+        return [f"r{k}_{i}" for k in self._vectors_of_lane for i in range(4)]
 
     def _column(self, out: KernelWriter, number: int) -> None:
         """One query: partial results weighted by their log-sum-exps, and a learned sink."""
@@ -132,7 +137,7 @@ class EpilogueEmitter:
             f"own_place = gl.minimum(own_place, {columns - 1})",
             f"top = zero + {HIDDEN}", "whole = zero",
         )  # fmt: skip
-        out(*(f"r{i} = zero" for i in self._channels))
+        out(*(f"{name} = zero" for name in self._sums))
         with out.block("for start in range(0, splits + 1, 32):"):
             out(
                 "there = start + lane <= splits",
@@ -145,7 +150,7 @@ class EpilogueEmitter:
             approximate(out, "ex2", "decay", "top - grown")
             approximate(out, "ex2", "weight", "log - grown")
             out("top = grown", "whole = whole * decay + weight")
-            out(*(f"r{i} = r{i} * decay" for i in self._channels))
+            out(*(f"{name} = {name} * decay" for name in self._sums))
             with out.block(f"for first in range(0, gl.minimum(32, splits + 1 - start), {BATCH}):"):
                 self._weigh(out, columns, dim)
         reduce_lanes(out, "whole", "{} + {}", lanes=ALL_LANES)
@@ -157,16 +162,21 @@ class EpilogueEmitter:
         for k in range(BATCH):
             out(
                 f"number = gl.minimum(start + first + {k}, splits)",
-                f"source = partial + ((split_rows + number) * {columns} + own_place).to(gl.int64) * {dim}",
+                f"source = partial + ((split_rows + number) * {columns} + own_place).to(gl.int64)"
+                f" * {dim}",
             )
-            for i in self._channels:
-                out(f"a{k}_{i} = gl.load(source + lane + {32 * i}, cache_modifier='.cg')")
+            for v in self._vectors_of_lane:
+                text = f"ld.global.cg.v4.f32 {listed(registers(0, 4))}, [$4];"
+                at = f"(source + gl.minimum(lane * 4 + {128 * v}, {dim - 4})).to(gl.int64)"
+                names = [f"a{k}_{v}_{i}" for i in range(4)]
+                out.ptx(text, names, [at], kinds="l", into="ffff", name="LOAD_PARTIAL")
         for k in range(BATCH):
             text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
             inputs = ["weight", f"first + {k} + lz"]
             out.ptx(text, ["share"], inputs, kinds="fr", into="f", name="FROM_LANE")
             out(f"share = gl.where(start + first + {k} <= splits, share, 0.0)")
-            out(*(f"r{i} += a{k}_{i} * share" for i in self._channels))
+            for v in self._vectors_of_lane:
+                out(*(f"r{v}_{i} += a{k}_{v}_{i} * share" for i in range(4)))
 
     def _sink_logit(self, out: KernelWriter) -> None:
         with out.block("if LOGITS:"):
@@ -177,7 +187,7 @@ class EpilogueEmitter:
             approximate(out, "ex2", "decay", "top - grown")
             approximate(out, "ex2", "weight", "logit - grown + zero")
             out("top = grown", "whole = whole * decay + weight")
-            out(*(f"r{i} = r{i} * decay" for i in self._channels))
+            out(*(f"{name} = {name} * decay" for name in self._sums))
 
     def _store_result(self, out: KernelWriter, dim: int) -> None:
         """Output [B, S, Hq, value_dim], natural log-sum-exps [B, Hq, S]."""
@@ -187,11 +197,13 @@ class EpilogueEmitter:
             "destination = output + ((row * steps + own_step) * (heads * rep) + query_head).to(gl.int64)"
             f" * {dim}",
         )
-        for i in self._channels:
-            out(
-                f"gl.store(destination + lane + {32 * i}, (r{i} * over)"
-                ".to(output.dtype.element_ty), mask=own_real)"
-            )
+        for v in self._vectors_of_lane:
+            out(f"first_channel = lane * 4 + {128 * v}")
+            for i in range(4):
+                out(
+                    f"gl.store(destination + first_channel + {i}, (r{v}_{i} * over)"
+                    f".to(output.dtype.element_ty), mask=own_real & (first_channel < {dim}))"
+                )
         approximate(out, "lg2", "whole", "whole")
         out(
             "natural = gl.where(seen, (top + whole) * 0.6931471805599453, float('-inf'))",

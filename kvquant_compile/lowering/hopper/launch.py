@@ -74,7 +74,7 @@ def attend(
     output = query.new_empty(batch, steps, query_heads, layout.value_dim)
     lse = query.new_empty(batch, query_heads, steps, dtype=torch.float32)
     logits = site.sink_logits
-    hopper_kernel(spec)[(batch * layout.heads, splits, tiles)](
+    hopper_kernel(spec)[(batch * layout.heads, splits + 1, tiles)](
         query, key, value, constants.query_order, slots, history, cache.table, cache.positions,
         page_addresses(cache.pages), cache.sinks, lse if logits is None else logits,
         constants.block, constants.frequencies, constants.turns, constants.rope_scale,
@@ -107,7 +107,7 @@ def _registers(spec: HopperSpec) -> dict[str, int]:
 def split_count(spec: HopperSpec, programs: int, pages: int, device: torch.device) -> int:
     """Shares of the history: two pages a warp at least, one wave of programs at most."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    wave = programs_per_multiprocessor(spec) * multiprocessors // programs
+    wave = programs_per_multiprocessor(spec) * multiprocessors // programs - 1
     return max(1, min(wave, -(-pages // (2 * spec.warps))))
 
 

@@ -11,24 +11,38 @@ import torch
 from torch import Tensor
 
 from kvquant_compile.codec.formats import Layout, parse_layout
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.errors import OptionError
 from kvquant_compile.lowering.triton.compat import interpreting, unavailable
 from kvquant_compile.lowering.triton.spec import unsupported
 
 SWITCH = "KVQUANT_KERNELS"
+CHOICES = ("auto", "portable", "torch")
 
 
 def refusal(layout: Layout, device: torch.device) -> str:
     """Why the torch path runs; empty where the generated kernels do."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"no kernels for {device.type}"
-    return unavailable() or unsupported(layout) or ("" if interpreting() else _not_chosen())
+    asked = f"{SWITCH}=torch in the environment" if choice() == "torch" else ""
+    return asked or unavailable() or unsupported(layout)
 
 
-def _not_chosen() -> str:
-    """The kernels as they are now have been interpreted and simulated, not yet run on a GPU."""
-    if os.environ.get(SWITCH) == "triton":
-        return ""
-    return f"the generated kernels are experimental; {SWITCH}=triton in the environment runs them"
+def choice() -> str:
+    """What the environment asks for: "auto", "portable" (no back end for one architecture) or
+    "torch" (no kernels).
+
+    Raises:
+        OptionError: anything else.
+    """
+    chosen = os.environ.get(SWITCH, "auto")
+    if chosen not in CHOICES:
+        raise OptionError(
+            f"{SWITCH}={chosen} in the environment",
+            why=f"it takes {', '.join(CHOICES)}",
+            do="Unset it to let every device run its fastest kernels.",
+        )
+    return chosen
 
 
 def kernel_name(layout: Layout, device: torch.device) -> str:
@@ -38,7 +52,17 @@ def kernel_name(layout: Layout, device: torch.device) -> str:
         return "torch (CPU)"
     if reason:
         return f"torch ({device.type}): {reason}"
-    return f"triton portable ({_architecture(device)})"
+    back_end = "gluon hopper" if use_hopper(layout, device) else "triton portable"
+    return f"{back_end} ({_architecture(device)})"
+
+
+def use_hopper(layout: Layout, device: torch.device) -> bool:
+    """Whether decode steps run the back end for NVIDIA Hopper and later."""
+    from kvquant_compile.lowering.hopper import launch
+
+    return (
+        choice() == "auto" and isinstance(layout, PageLayout) and launch.applies(layout, device)
+    )
 
 
 def use_kernels(x: Tensor, format: str) -> bool:
