@@ -32,9 +32,9 @@ class Append:
 
 APPENDS = {
     "k3v3 default": Append(CodecSpec(3, 3, 1, 1, True, 1), (32, 32), 1, True),
-    "k2v2 d128": Append(CodecSpec(2, 2, 1, 1, True, 1), (128, 128), 1, True, 0.01, ((1, 0), (3, 1)),
+    "k2v2 d128": Append(CodecSpec(2, 2, 1, 1, True, 1), (128, 128), 2, True, 0.01, ((1, 0), (3, 1)),
                         dtype=torch.float16),
-    "k4v4 not finite": Append(CodecSpec(4, 4, 1, 1, True, 0), (32, 48), 1, True, 0.1, ((9, 3),)),
+    "k4v4 not finite": Append(CodecSpec(4, 4, 1, 1, True, 0), (32, 48), 2, True, 0.1, ((9, 3),)),
     "k3v4 three slots": Append(CodecSpec(3, 4, 3, 2, True, 2), (64, 32), 1, True, 0.05,
                                ((1, 0), (1, 1), (7, 0))),
     "k2v4 d80": Append(CodecSpec(2, 4, 2, 0, False, 3), (80, 48), steps=((5, 2), (1, 0))),
