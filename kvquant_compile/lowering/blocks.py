@@ -2,9 +2,9 @@
 
 A token goes into the exact rows first, and into a page with the rest of its unit once the
 recipe's tail lets go of it. Packing starts from exact tokens, so pages do not depend on how the
-tokens came. The ring remembers the number of tokens it has seen, which :meth:`QuantizedCache.crop`
-does not take back: a row holds token n only while n is among the last ``ring`` of these. A
-cropped sequence whose tail has been packed goes on from what the pages give back.
+tokens came. Crops and failed steps are not told to the ring: it remembers which tokens its rows
+hold (see :func:`ring_span`). A cropped sequence whose tail has been packed goes on from what the
+pages give back.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ def append(
         if count <= 0:
             continue
         places = first[:, None] + torch.arange(count, device=slots.device)
-        exact, known = _exact(layout, sinks, places)
+        row, known = _exact_rows(layout, sinks, places)
         index = (places - start[:, None]).clamp(0, order.shape[1] - 1)
         new = _take(tokens, order.gather(1, index))
-        x = torch.where((places >= start[:, None])[:, None, :, None], new, exact)
-        x = _channels(layout, x, kind).float()
+        if bool(known.any()):
+            before = (known & (places < start[:, None]))[:, None, :, None]
+            new = torch.where(before, _take(sinks, row), new)
+        x = _channels(layout, new, kind).float()
         lost = (places < start[:, None]) & ~known
         if bool(lost.any()):
             old = _packed_tokens(section, table, pages, places, constant)
             x = torch.where(lost[:, None, :, None], old, x)
         units = codec.encode_bytes(x.unflatten(2, (-1, codec.tokens)), constant)
         _write_units(section, units, places, last, table, pages)
-    _keep_exact(layout, tokens, slots, end, sinks)
+    _keep_exact(layout, tokens, slots, start, end, sinks)
 
 
 def read(
@@ -82,15 +84,16 @@ def read(
     """
     count = raw.shape[2] * PAGE_TOKENS
     places = torch.arange(first, first + count, device=raw.device).expand(raw.shape[0], -1)
-    exact, known = _exact(layout, sinks, places)
+    row, known = _exact_rows(layout, sinks, places)
+    exact = _take(sinks, row) if bool(known.any()) else None
     out = []
     constants = layout.recipe.constants(tables)
     parts = zip(layout.recipe.kinds(), layout.sections, constants, strict=True)
     for (kind, codec, tail), section, constant in parts:
         x = section.read(raw, constant)
         packed = tail.packed(codec.tokens, stored.long())[:, None]
-        use = known & ((places >= packed) | (places < layout.sink_tokens))
-        if bool(use.any()):
+        if exact is not None:
+            use = known & ((places >= packed) | (places < layout.sink_tokens))
             x = torch.where(use[:, None, :, None], _channels(layout, exact, kind).float(), x)
         out.append(x)
     return out[0], out[1]
@@ -107,26 +110,26 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.transpose(1, 2)[batch, index].transpose(1, 2)
 
 
-def _exact(layout: BlockLayout, sinks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact rows [B, H, n, W] of tokens [B, n], and where they are those tokens', bool [B, n]."""
+def _exact_rows(layout: BlockLayout, sinks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact row of every token [B, n], and whether it is that token's, bool [B, n]."""
     count = layout.sink_tokens
-    if layout.exact_rows == 0:
-        shape = (*sinks.shape[:2], places.shape[1], sinks.shape[3])
-        return sinks.new_zeros(1).expand(shape), torch.zeros_like(places, dtype=torch.bool)
     early = places < count
     row, known = places.clamp(max=max(count - 1, 0)), early
     if layout.ring:
-        seen = ring_count(sinks)[:, None]
-        recent = (places >= seen - layout.ring) & (places < seen)
+        low, end = (x[:, None] for x in ring_span(sinks))
+        recent = (places >= low) & (places < end)
         row = torch.where(early, places, count + places % layout.ring)
         known = early | recent
-    return _take(sinks, row), known
+    return row, known
 
 
 def _keep_exact(
-    layout: BlockLayout, tokens: Tensor, slots: Tensor, end: Tensor, sinks: Tensor
+    layout: BlockLayout, tokens: Tensor, slots: Tensor, start: Tensor, end: Tensor, sinks: Tensor
 ) -> None:
-    """Write sinks and the ring's rows."""
+    """Write sinks and the ring's rows, and what the ring then holds.
+
+    Earlier tokens that are still in the ring stay, unless there is a gap before the new ones.
+    """
     count, ring = layout.sink_tokens, layout.ring
     row, step = ((slots >= 0) & (slots < count)).nonzero(as_tuple=True)
     sinks[row, :, slots[row, step].long()] = tokens[row, :, step]
@@ -134,22 +137,25 @@ def _keep_exact(
         return
     row, step = (slots >= (end[:, None] - ring).clamp_min(0)).nonzero(as_tuple=True)
     sinks[row, :, count + slots[row, step].long() % ring] = tokens[row, :, step]
-    _set_ring_count(sinks, torch.maximum(ring_count(sinks), end))
+    low, before = ring_span(sinks)
+    none = start == end
+    low = torch.where(none | (low < start), low, start)
+    end = torch.where(none, before, end)
+    state = torch.stack([torch.maximum(low, end - ring), end], 1)
+    sinks[:, 0, -1, : _state_width(sinks)] = state.to(torch.int32).view(sinks.dtype)
 
 
-def ring_count(sinks: Tensor) -> Tensor:
-    """Tokens that the ring of every sequence has seen, int64 [B]: the bits of the last row's
-    first elements, as an int32."""
-    width = max(1, 4 // sinks.element_size())
-    return sinks[:, 0, -1, :width].contiguous().view(torch.int32)[:, 0].long()
+def ring_span(sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens ``low`` to ``end - 1`` that the ring of every sequence holds, int64 [B] each: the
+    bits of the last row's first elements, as two int32."""
+    part = sinks[:, 0, -1, : _state_width(sinks)]
+    state = part.clone(memory_format=torch.contiguous_format).view(torch.int32).long()
+    return state[:, 0], state[:, 1]
 
 
-def _set_ring_count(sinks: Tensor, count: Tensor) -> None:
-    bits = torch.zeros(len(count), max(1, sinks.element_size() // 4), dtype=torch.int32)
-    bits = bits.to(count.device)
-    bits[:, 0] = count
-    width = max(1, 4 // sinks.element_size())
-    sinks[:, 0, -1, :width] = bits.view(sinks.dtype)
+def _state_width(sinks: Tensor) -> int:
+    """Elements of the model's dtype that two int32 take."""
+    return 8 // sinks.element_size()
 
 
 def _packed_tokens(

@@ -52,14 +52,14 @@ def test_stored_read_and_counted(codec: Recipe | CodecSpec) -> None:
 
 @EVERY
 @given(x=testing.kv_tensors(multiple=64, tokens=(64, 128)))
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=6, derandomize=True)
 def test_extremes_come_back_finite(recipe: Recipe, x: torch.Tensor) -> None:
     testing.assert_roundtrip(recipe, x)
 
 
 @EVERY
 @given(data=st.data())
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=4, derandomize=True)
 def test_the_cache_does_not_depend_on_the_pieces(recipe: Recipe, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 200))
     x = testing.Profile(tokens=count, seed=count).tensor()

@@ -44,7 +44,11 @@ def test_tensors_have_the_shape_that_was_asked_for(x: Tensor) -> None:
     ids=["nan", "inf", "-inf", "huge", "denormal", "zeros", "constant channels", "sink"],
 )
 def test_every_kind_of_tensor_is_drawn(kind: object) -> None:
-    find(testing.kv_tensors(nonfinite=True), kind, settings=settings(max_examples=3000, derandomize=True))
+    find(
+        testing.kv_tensors(nonfinite=True),
+        kind,
+        settings=settings(max_examples=3000, derandomize=True),
+    )
 
 
 def test_examples_shrink_to_small_ordinary_tensors() -> None:

@@ -4,7 +4,7 @@ A page holds 64 tokens of one kv head. A unit (``codec.tokens`` tokens) takes wh
 units are written without touching their neighbours. Exact tokens lie outside the pages, in rows
 of keys and values in the model's dtype and channel order: first the sinks, then, where the
 recipe leaves a tail, a ring of as many rows as the tail can have tokens (token n in row
-``n % ring``), then a row of which only the first four bytes are used, see :mod:`.tail`.
+``n % ring``), then a row of which only the first eight bytes are used: what the ring holds.
 """
 
 from __future__ import annotations
