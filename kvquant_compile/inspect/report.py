@@ -23,7 +23,6 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import LayerPlan
 from kvquant_compile.runtime.program import Program
 
-
 REFERENCE, GENERATED = "reference op", "generated kernel"
 
 
@@ -43,6 +42,7 @@ class LayerReport:
         slots: outlier slots of keys and values; "-" for such a recipe.
         effective_bits: of a full page, everything included.
         bytes_per_token: packed, one sequence; ``reference_bytes`` at the model's own dtype.
+        exact_bytes: of exact tokens (sinks, a recipe's tail) beside the pages, one sequence.
         implementation: "generated kernel" or "reference op".
         kernel: which of them, and why.
         refusal: why keys are not stored before RoPE, if they are not.
@@ -66,6 +66,7 @@ class LayerReport:
     effective_bits: float
     bytes_per_token: float
     reference_bytes: int
+    exact_bytes: int
     implementation: str
     kernel: str
     refusal: str
@@ -149,10 +150,13 @@ class Report:
             f"rewritten, {self.effective_bits:.3f} effective bits, "
             f"{self.bytes_per_token:,.1f} bytes per token, {self.compression:.2f}x smaller"
         )
+        exact = sum(report.exact_bytes for report in self.layers)
         proof = f"lossless rewrite against the original: worst relative error {worst:.1e}"
         shown = {k: v for k, v in self.calibration.items() if k != "fit"}
+        beside = f"beside the pages: {exact:,} bytes of exact tokens a sequence"
         origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in shown.items())
-        lines = [proof, origin, *([f"decode step: {self.decode_step}"] if self.decode_step else [])]
+        lines = [*([beside] if exact else []), proof, origin]
+        lines += [f"decode step: {self.decode_step}"] if self.decode_step else []
         texts = [Text("\n" + str(source)) for source in self.sources]
         return Group(Text(head, style="bold"), self._table(), *map(Text, lines), *texts)
 
@@ -241,6 +245,7 @@ def layer_report(plan: LayerPlan, layout: Layout, recipe: str, device: torch.dev
         effective_bits=layout.effective_bits,
         bytes_per_token=plan.kv_heads * layout.page_bytes / PAGE_TOKENS,
         reference_bytes=reference,
+        exact_bytes=plan.kv_heads * layout.exact_rows * layout.exact_width * layout.itemsize,
         implementation=REFERENCE if refusal(layout, device) else GENERATED,
         kernel=kernel_name(layout, device),
         refusal=plan.refusal,

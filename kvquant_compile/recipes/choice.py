@@ -102,7 +102,8 @@ def choose(
     if sinks is not None:
         make = _with_sinks(make, sinks)
     default = make()
-    return Choice(default.name if fixed else str(recipe), form, make, asked, fixed or bits is None)
+    name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", default.name)
+    return Choice(str(name), form, make, asked, fixed or bits is None)
 
 
 def stored_layers(

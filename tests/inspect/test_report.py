@@ -14,7 +14,7 @@ TEXT = tokens(4, 64, seed=7)
 FIELDS = {"index", "kv_heads", "query_heads", "key_dim", "value_dim", "rope", "proof", "source",
           "window", "softcap", "key_bits", "value_bits", "slots", "effective_bits",
           "bytes_per_token", "reference_bytes", "kernel", "refusal", "certificate", "recipe",
-          "implementation"}  # fmt: skip
+          "implementation", "exact_bytes"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -166,9 +166,14 @@ def test_an_artifact_has_its_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [int_per_token, functools.partial(kivi, window=0)], ids=["int", "kivi"]
+    ("make", "model_type"),
+    [
+        (int_per_token, "gpt_neox"),
+        (int_per_token, "gemma2"),  # a sliding window in every other layer
+        (functools.partial(kivi, window=0), "llama"),
+    ],
+    ids=["int, gpt_neox", "int, gemma2", "kivi, llama"],
 )
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_the_paged_program_equals_the_simulation(
     make: Callable[..., Recipe], model_type: str
 ) -> None:
@@ -231,6 +236,23 @@ def test_a_hand_written_decoder_takes_recipes() -> None:
             got, cache = model(ids, None)
     assert 1e-3 < difference(got, exact) < 0.5
     assert cache.pages[0].layout.recipe.name == "rotatekv k4v4"
+
+
+def test_keys_that_cannot_be_taken_before_rope_are_no_matter_behind_it() -> None:
+    model = tiny("hunyuan_v1_dense")
+    with pytest.raises(kvquant_compile.UnsupportedLayerError):
+        kvquant_compile.optimize(model, recipe="rotatekv", calibration=TEXT)
+    kvquant_compile.optimize(model, 4, recipe="kivi")
+    assert {x.refusal for x in kvquant_compile.explain(model).layers} == {""}
+
+
+def test_exact_tokens_are_reported_and_allocated() -> None:
+    model = optimised("kivi")
+    cache = quantised(model)[1]
+    rows = 32 + 1  # the ring, and a row for what it holds
+    assert [x.exact_bytes for x in kvquant_compile.explain(model).layers] == [rows * 2 * 32 * 4] * 2
+    assert [x.sinks.nbytes for x in cache.pages] == [2 * rows * 2 * 32 * 4] * 2
+    assert "16,896 bytes of exact tokens" in str(kvquant_compile.explain(model))
 
 
 def test_widths_by_layer_and_lossless_layers() -> None:
