@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvquant_compile.codec.algebra import Recipe, Sample
+from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.attend import CacheView, read_block
 from kvquant_compile.lowering.constants import lower_layer
@@ -49,7 +50,7 @@ def streamed(
     cache, at = QuantizedCache([constants.layout], x.dtype, x.device), 0
     arguments, text = constants.arguments(), str(constants.layout)
     for piece in pieces:
-        positions = torch.arange(at, at + piece).expand(x.shape[0], -1)
+        positions = torch.arange(at, at + piece, device=x.device).expand(x.shape[0], -1)
         step, part = cache.begin(positions, None), x[:, :, at : at + piece]
         layer = cache.pages[0]
         ops.append(part, part, step.slots, cache.table, layer.slabs, layer.sinks, *arguments, text)
@@ -57,8 +58,7 @@ def streamed(
         at += piece
     layer = cache.pages[0]
     view = CacheView(cache.table, cache.positions, layer.slabs, layer.sinks, *arguments, text)
-    count = cache.table.shape[1]
-    keys, values = read_block(view, 0, -(-at // 64), cache.lengths, x.dtype)
-    assert count * 64 >= at
+    pages = -(-at // PAGE_TOKENS)
+    keys, values = read_block(view, 0, pages, cache.lengths, x.dtype)
     keys, values = keys[:, :, :at, :dim], values[:, :, :at]
     return Stored(keys, values, layer.sinks.clone(), cache.effective_bits())

@@ -100,8 +100,8 @@ def rotate(x: Tensor, pairs: tuple[tuple[int, int], ...], theta: float = 1e4) ->
         theta: base of the frequencies.
     """
     first, second = torch.tensor(pairs).unbind(1)
-    frequency = theta ** (-torch.arange(len(pairs)).double() / len(pairs))
-    angle = torch.arange(x.shape[-2]).double()[:, None] * frequency
+    frequency = theta ** (-torch.arange(len(pairs), device=x.device).double() / len(pairs))
+    angle = torch.arange(x.shape[-2], device=x.device).double()[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     out = x.double().clone()
     a, b = out[..., first], out[..., second]

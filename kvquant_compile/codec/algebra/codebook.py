@@ -17,7 +17,10 @@ def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Indices int32 [...] of the nearest entries [C, d] to vectors [..., d]; NaN gets one too."""
     flat = vectors.flatten(0, -2)
     half_norm = codebook.square().sum(1) / 2
-    parts = [(half_norm - rows @ codebook.T).argmin(1) for rows in flat.split(_ROWS)]
+    transposed = codebook.T
+    parts = [
+        torch.addmm(half_norm, rows, transposed, alpha=-1).argmin(1) for rows in flat.split(_ROWS)
+    ]
     return torch.cat(parts).view(vectors.shape[:-1]).to(torch.int32)
 
 
