@@ -21,6 +21,9 @@ from kvquant_compile.runtime.program import Program, build_program
 
 STEPS = (7, 1, 70)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Relative error by dtype that rounding may cause in up to ``USUAL_LAYERS`` layers."""
+
+USUAL_LAYERS = 8
 
 
 def lossless_program(captured: Captured, layers: Sequence[MatchedLayer]) -> Program:
@@ -46,7 +49,9 @@ def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dic
         for exact in (True, False):
             name = "exact chunk" if exact else "through pages"
             errors |= _compare(captured, program, padded, exact, name)
-    limit = TOLERANCE.get(captured.dtype, 1e-4)
+    # rounding errors of layers add up like a random walk; a wrong rewrite is off by far more
+    depth = max(1.0, len(layers) / USUAL_LAYERS)
+    limit = TOLERANCE.get(captured.dtype, 1e-4) * depth**0.5
     worst = max(errors, key=lambda case: errors[case])
     if not errors[worst] <= limit:
         raise ValidationError(

@@ -90,7 +90,7 @@ class EpilogueEmitter:
             f"channel = g * {self.spec.layout.value_dim // 8} + (vector % {groups}) * 4",
             f"target = (base_row + column).to(gl.int64) * {self.spec.layout.value_dim} + channel",
             f"at = head * {self.spec.layout.value_dim} + channel",
-            f"writes = (mine <= {last}) & (split < splits)",
+            f"writes = (mine <= {last}) & (split >= 0)",
         )
         for i in range(4):
             out(

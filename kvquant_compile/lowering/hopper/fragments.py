@@ -12,24 +12,21 @@ BYTES_AS_1024 = "0x64646464"
 """High bytes that make a byte u the float16 1024 + u."""
 
 
-def unpack(
-    out: KernelWriter, words: Sequence[str], bits: int, group: int, prefix: str = "sel"
-) -> list[str]:
+def unpack(out: KernelWriter, words: Sequence[str], bits: int, group: int) -> list[str]:
     """The four selectors of a group of packed words; a selector holds eight codes in its nibbles.
 
     Args:
         words: all words of a lane and chunk.
         bits: of a code.
         group: which four selectors.
-        prefix: of their names.
 
     Returns:
-        four variables, or the words themselves at 4 bits.
+        variables ``sel0 .. sel3``, or the words themselves at 4 bits.
     """
     mine = list(words[group * bits : group * bits + bits])
     if bits == 4:
         return mine
-    names = [f"{prefix}{i}" for i in range(GROUP)]
+    names = [f"sel{i}" for i in range(GROUP)]
     if bits == 3:
         text = (
             "and.b32 $0, $4, 0x77777777; and.b32 $1, $5, 0x77777777; and.b32 $2, $6, 0x77777777;\n"

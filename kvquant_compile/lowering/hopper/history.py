@@ -90,10 +90,11 @@ def _write_body(out: KernelWriter, spec: HopperSpec) -> None:
         values.load_tokens(out)
         visibility.mask(out)
         values.softmax(out, level)
-        values.load_codes(out)
+        values.accumulate(out, 0)
         ring.draw(out, "1 - again")
+        values.accumulate(out, 1)
         ring.copy_values(out, "(upcoming < units) & (again == 0)")
-        values.accumulate(out)
+        values.finish(out)
         out("turn = gl.where(again != 0, turn, upcoming)", "phase = gl.where(again != 0, phase, phase ^ 1)")
     if value_slots.count:
         value_slots.flush(out)
@@ -118,7 +119,7 @@ def _write_frame(out: KernelWriter, spec: HopperSpec, memory: Memory) -> None:
         "zero = lz.to(gl.float32)",
         "middle = (g * 4).to(gl.float32) * 0.03125 - 1.0",
         "row = gl.program_id(0) // heads", "head = gl.program_id(0) % heads",
-        "split = gl.program_id(1)", "splits = gl.num_programs(1) - 1",
+        "split = gl.program_id(1) - 1", "splits = gl.num_programs(1) - 1",
         "tile = gl.program_id(2)", "tiles = gl.num_programs(2)",
     )  # fmt: skip
     out.ptx("mov.u32 $0, global_smem;", ["shared"], ["split"], name="SHARED")

@@ -1,6 +1,6 @@
 """The tokens outside the pages: exact leading ones, and the step's own.
 
-One more program than there are splits attends to them, and leaves the result as one more split. A warp takes a query at a time, a lane every 32nd channel.
+The first program of a head attends to them alone, and leaves the result as one more split. A warp takes a query at a time, a lane every 32nd channel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OwnEmitter:
     def write(self, out: KernelWriter) -> None:
         """All columns of the tile, a warp at a time."""
         out("", "# exact leading tokens and the step's own")
-        with out.block("if split == splits:"):
+        with out.block("if split < 0:"):
             for number in range(-(-self.spec.columns // self.spec.warps)):
                 self._column(out, number)
 

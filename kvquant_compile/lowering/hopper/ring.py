@@ -28,7 +28,7 @@ class RingEmitter:
     def start(self, out: KernelWriter) -> None:
         """A warp's first page, whose number is asked for before anything else is known."""
         warps = self.spec.warps
-        out(f"turn = split * {warps} + warp", f"stride = splits * {warps}")
+        out(f"turn = gl.maximum(split, 0) * {warps} + warp", f"stride = splits * {warps}")
         self.find(out, "turn")
 
     def prologue(self, out: KernelWriter) -> None:
@@ -70,7 +70,7 @@ class RingEmitter:
                 "drawn = counters.to(gl.int64) + (gl.program_id(0) * tiles + tile) * 1024",
                 "asked = turn * 0",
             )
-            self.draw(out, "stride")
+            self.draw(out, "units")
 
     def draw(self, out: KernelWriter, wanted: str) -> None:
         """Ask for a page; the answer is awaited by :meth:`advance`."""

@@ -177,41 +177,25 @@ class ValueEmitter:
         text = "".join(f"mul.rn.f32 ${i}, ${4 + i}, $8;\n" for i in range(4))
         out.ptx(text, sums, [*sums, f"decay{group}"], kinds="fffff", into="ffff", name="SCALE_SUMS")
 
-    def load_codes(self, out: KernelWriter) -> None:
-        """All of the lane's words, so that the page's memory is free for the next values."""
-        for chunk in range(2):
-            load_codes(out, self._words(chunk), "here", self.memory.key_bytes + 128 * chunk * self._count)
-
-    @property
-    def _count(self) -> int:
-        """Words of a lane and chunk."""
-        return self.spec.value_groups * self.spec.layout.spec.value_bits
-
-    def _words(self, chunk: int) -> list[str]:
-        return [f"v{chunk}_{i}" for i in range(self._count)]
-
-    def accumulate(self, out: KernelWriter) -> None:
-        """Add the page: tile by tile, both chunks, an exact integer sum each."""
-        out("", "# values")
+    def accumulate(self, out: KernelWriter, chunk: int) -> None:
+        """Add a chunk's products to ``total{group}_{tile}_{0..3}``."""
         bits = self.spec.layout.spec.value_bits
-        for group in range(self.spec.value_groups):
-            chunks = [unpack(out, self._words(c), bits, group, prefix=f"sel{c}_") for c in range(2)]
-            for half in range(2):
-                self._tile(out, 2 * group + half, [c[2 * half : 2 * half + 2] for c in chunks])
-
-    def _tile(self, out: KernelWriter, tile: int, chunks: list[list[str]]) -> None:
-        """Two channels of every lane."""
-        table = [f"value_table{i}" for i in range(table_words(self.spec.layout.spec.value_bits))]
-        totals = [f"total{g}_{i}" for g in self._groups for i in range(4)]
-        for chunk, selectors in enumerate(chunks):
+        count = self.spec.value_groups * bits
+        words = [f"v{i}" for i in range(count)]
+        base = self.memory.key_bytes
+        out("", f"# values of chunk {chunk}")
+        load_codes(out, words, "here", base + chunk * 128 * count)
+        table = [f"value_table{i}" for i in range(table_words(bits))]
+        text = self._product_text(len(table), adds=chunk > 0)
+        selectors: list[str] = []
+        for index in range(0, 4 * self.spec.value_groups, 2):
+            if index % 4 == 0:
+                selectors = unpack(out, words, bits, index // 4)
+            totals = [f"total{g}_{index // 2}_{i}" for g in self._groups for i in range(4)]
             weights = [f"byte{g}_{chunk}_{i}" for g in self._groups for i in range(2)]
-            inputs = [*selectors, *table, *weights, *(totals if chunk else [])]
-            text = self._product_text(len(table), adds=chunk > 0)
+            before = totals if chunk else []
+            inputs = [*selectors[index % 4 : index % 4 + 2], *table, *weights, *before]
             out.ptx(text, totals, inputs, pure=True, name="VALUES")
-        for g in self._groups:
-            for r in range(2):
-                whole = f"(total{g}_{2 * r} * 256 + total{g}_{2 * r + 1}).to(gl.float32)"
-                out(f"sum{g}_{2 * tile + r} += {whole} * growth{g}")
 
     def _product_text(self, table_size: int, *, adds: bool) -> str:
         groups = self.spec.groups
@@ -231,6 +215,18 @@ class ValueEmitter:
             text += byte_product(d, [f"a{i}" for i in range(4)], b, start)
         return text
 
+    def finish(self, out: KernelWriter) -> None:
+        """Add the page's exact integer sums."""
+        for group in self._groups:
+            for tile in range(2 * self.spec.value_groups):
+                for r in range(2):
+                    total = f"total{group}_{tile}"
+                    out(
+                        f"sum{group}_{2 * tile + r} += ({total}_{2 * r} * 256 +"
+                        f" {total}_{2 * r + 1}).to(gl.float32) * growth{group}"
+                    )
+
 
 _LOWER = ".reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l;"
 _UPPER = ".reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h;"
+

@@ -73,7 +73,7 @@ class VisibilityEmitter:
         out(
             *([f"first_page = begin // {size}"] if self.spec.window else []),
             f"units = gl.maximum((end + {size - 1}) // {size} - begin // {size}, 0)",
-            "units = gl.where(split < splits, units, 0)",
+            "units = gl.where(split < 0, 0, units)  # the first program reads no pages",
             "floor = limit * 0 + " + NO_BASE,
         )
 
