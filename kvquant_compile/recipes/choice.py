@@ -61,7 +61,13 @@ class Choice:
         assert self.make is not None
         if widths[0] == LOSSLESS:
             return lossless_spec()
-        return self.make() if self.fixed else self.make(*widths)
+        try:
+            made = self.make() if self.fixed else self.make(*widths)
+        except TypeError as error:
+            raise _unusable(self.name, str(error)) from error
+        if not isinstance(made, Recipe):
+            raise _unusable(self.name, f"it returned a {type(made).__name__}")
+        return made
 
 
 def choose(
@@ -101,9 +107,7 @@ def choose(
         )
     if sinks is not None:
         make = _with_sinks(make, sinks)
-    default = make()
-    name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", default.name)
-    return Choice(str(name), form, make, asked, fixed or bits is None)
+    return Choice(_name(recipe), form, make, asked, fixed or bits is None)
 
 
 def stored_layers(
@@ -146,6 +150,21 @@ def _maker(recipe: Chosen) -> Callable[..., Recipe]:
             do="Pass a name or a kvquant_compile.recipes.Recipe.",
         )
     return recipe
+
+
+def _name(recipe: Chosen) -> str:
+    if isinstance(recipe, str):
+        return recipe
+    return recipe.name if isinstance(recipe, Recipe) else getattr(recipe, "__name__", "a function")
+
+
+def _unusable(name: str, why: str) -> OptionError:
+    return OptionError(
+        f"recipe {name} cannot be made",
+        why=why,
+        do="Pass a function of the keys' and the values' width, both with defaults, that returns "
+        "a Recipe.",
+    )
 
 
 def _with_sinks(make: Callable[..., Recipe], sinks: int) -> Callable[..., Recipe]:
