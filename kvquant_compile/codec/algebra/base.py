@@ -5,7 +5,7 @@ multiple of ``codec.tokens``), into named parts and back. A :class:`Stage` chang
 codec and undoes that after it; it may store parts of its own (a scale, outliers)::
 
     Hadamard() >> Normalise("std") >> Lut(3)      # stages, then a codec
-    Affine(2, axis="channel", group=64) + LowRank(2, tokens=64)      # the second codes the error
+    Affine(2, axis="channel", group=64) + LowRank(2, group=64)      # the second codes the error
 
 Both operators are associative. Blocks are frozen descriptions; what calibration finds travels
 beside them as a tuple of tensors, ``constants``, in the order of ``names``.
@@ -59,8 +59,13 @@ class Sample:
 class Block(ABC):
     """What stages and codecs have in common."""
 
-    calibrated: ClassVar[bool] = False
-    """Whether ``fit`` looks at the sample's tokens."""
+    uses_data: ClassVar[bool] = False
+    """Whether a block's own ``fit`` looks at the sample's tokens."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether fitting it, parts of it included, takes calibration tokens."""
+        return self.uses_data
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,7 @@ class Chain(Stage):
     stages: tuple[Stage, ...]
 
     @property
-    def calibrated(self) -> bool:  # type: ignore[override]
+    def calibrated(self) -> bool:
         """Whether any of them is."""
         return any(stage.calibrated for stage in self.stages)
 
@@ -75,7 +75,7 @@ class Pipeline(Codec):
         return Chain(self.stages)
 
     @property
-    def calibrated(self) -> bool:  # type: ignore[override]
+    def calibrated(self) -> bool:
         """Whether any of them is."""
         return self.chain.calibrated or self.codec.calibrated
 
@@ -123,7 +123,7 @@ class Sum(Codec):
     terms: tuple[Codec, ...]
 
     @property
-    def calibrated(self) -> bool:  # type: ignore[override]
+    def calibrated(self) -> bool:
         """Whether any of them is."""
         return any(term.calibrated for term in self.terms)
 

@@ -30,7 +30,7 @@ class Fp8(Codec):
     """
 
     kind: str = "e4m3"
-    calibrated: ClassVar[bool] = True
+    uses_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self.kind in _DTYPES, f"Fp8(kind={self.kind!r})", f"it is one of {list(_DTYPES)}")

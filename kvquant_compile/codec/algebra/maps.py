@@ -100,7 +100,7 @@ class Interleave(Map):
 class Reorder(Map):
     """Channels of all heads by rising mean magnitude, so that like share a scale (RotateKV)."""
 
-    calibrated: ClassVar[bool] = True
+    uses_data: ClassVar[bool] = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ class ChannelScale(Map):
     power: float = 1.0
     stat: str = "absmax"
     tied: bool = False
-    calibrated: ClassVar[bool] = True
+    uses_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self.stat in ("absmax", "std"), f"ChannelScale(stat={self.stat!r})",
@@ -169,7 +169,7 @@ class ChannelScale(Map):
 class Centre(Map):
     """Subtract every channel's static mean. Affine rather than linear; keys have large means."""
 
-    calibrated: ClassVar[bool] = True
+    uses_data: ClassVar[bool] = True
 
     @property
     def names(self) -> tuple[str, ...]:

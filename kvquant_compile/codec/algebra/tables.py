@@ -29,7 +29,7 @@ class Lut(Codec):
     """
 
     bits: int
-    calibrated: ClassVar[bool] = True
+    uses_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(1 <= self.bits <= 8, f"Lut(bits={self.bits})", "codes take 1 to 8 bits")
@@ -80,7 +80,7 @@ class Vq(Codec):
     entries: int = 2048
     dim: int = 32
     steps: int = 50
-    calibrated: ClassVar[bool] = True
+    uses_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole = self.entries & (self.entries - 1) == 0 and 2 <= self.entries <= 1 << 16
