@@ -10,7 +10,7 @@ SMOOTHING = 1e-5
 START_VECTORS = 32_768
 START_STEPS = 4
 BATCH = 4096
-_ROWS = 4096
+_ROWS = 1024
 
 
 def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
