@@ -11,8 +11,8 @@ from kvquant_compile.lowering.hopper.values import LOG2_ONE
 from kvquant_compile.lowering.hopper.visibility import HIDDEN, NOTHING
 from kvquant_compile.lowering.hopper.writer import KernelWriter, approximate, listed, registers
 
-BATCH = 16
-"""Splits whose partial results are loaded together."""
+BATCH = 24
+"""Splits whose partial results are loaded together: at most a warp's lanes."""
 
 
 @dataclass(frozen=True)
@@ -138,30 +138,31 @@ class EpilogueEmitter:
             f"top = zero + {HIDDEN}", "whole = zero",
         )  # fmt: skip
         out(*(f"{name} = zero" for name in self._sums))
-        with out.block("for start in range(0, splits + 1, 32):"):
-            out(
-                "there = start + lane <= splits",
-                f"log = gl.load(partial_lse + (split_rows + start + lane) * {columns} + own_place,"
-                " mask=there, other=float('-inf'), cache_modifier='.cg')",
-                "high = log",
-            )
+        with out.block(f"for start in range(0, splits + 1, {BATCH}):"):
+            self._load_batch(out, columns, dim)
             reduce_lanes(out, "high", "gl.maximum({}, {})", lanes=ALL_LANES)
             out("grown = gl.maximum(top, high)")
             approximate(out, "ex2", "decay", "top - grown")
             approximate(out, "ex2", "weight", "log - grown")
             out("top = grown", "whole = whole * decay + weight")
             out(*(f"{name} = {name} * decay" for name in self._sums))
-            with out.block(f"for first in range(0, gl.minimum(32, splits + 1 - start), {BATCH}):"):
-                self._weigh(out, columns, dim)
+            for k in range(BATCH):
+                text = f"shfl.sync.idx.b32 $0, $1, {k}, 31, -1;"
+                out.ptx(text, ["share"], ["weight"], kinds="f", into="f", name="FROM_LANE")
+                for v in self._vectors_of_lane:
+                    out(*(f"r{v}_{i} += a{k}_{v}_{i} * share" for i in range(4)))
         reduce_lanes(out, "whole", "{} + {}", lanes=ALL_LANES)
         self._sink_logit(out)
         self._store_result(out, dim)
 
-    def _weigh(self, out: KernelWriter, columns: int, dim: int) -> None:
-        """Add a batch of splits; all loads first."""
+    def _load_batch(self, out: KernelWriter, columns: int, dim: int) -> None:
+        """A batch of splits, one log-sum-exp a lane; loads first, to wait for them only once.
+
+        Splits beyond the last weigh nothing, but must not be read: they could hold anything.
+        """
         for k in range(BATCH):
             out(
-                f"number = gl.minimum(start + first + {k}, splits)",
+                f"number = gl.minimum(start + {k}, splits)",
                 f"source = partial + ((split_rows + number) * {columns} + own_place).to(gl.int64)"
                 f" * {dim}",
             )
@@ -170,13 +171,12 @@ class EpilogueEmitter:
                 at = f"(source + gl.minimum(lane * 4 + {128 * v}, {dim - 4})).to(gl.int64)"
                 names = [f"a{k}_{v}_{i}" for i in range(4)]
                 out.ptx(text, names, [at], kinds="l", into="ffff", name="LOAD_PARTIAL")
-        for k in range(BATCH):
-            text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-            inputs = ["weight", f"first + {k} + lz"]
-            out.ptx(text, ["share"], inputs, kinds="fr", into="f", name="FROM_LANE")
-            out(f"share = gl.where(start + first + {k} <= splits, share, 0.0)")
-            for v in self._vectors_of_lane:
-                out(*(f"r{v}_{i} += a{k}_{v}_{i} * share" for i in range(4)))
+        out(
+            f"there = (lane < {BATCH}) & (start + lane <= splits)",
+            f"log = gl.load(partial_lse + (split_rows + start + lane) * {columns} + own_place,"
+            " mask=there, other=float('-inf'), cache_modifier='.cg')",
+            "high = log",
+        )
 
     def _sink_logit(self, out: KernelWriter) -> None:
         with out.block("if LOGITS:"):

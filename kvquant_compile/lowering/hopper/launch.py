@@ -93,8 +93,7 @@ def programs_per_multiprocessor(spec: HopperSpec) -> int:
     """How many programs fit: by shared memory, and by the registers that sums and queries take."""
     by_memory = 227 * 1024 // (Memory(spec).size + 1024 + 512 * 4)
     wide = spec.groups * max(spec.key_groups, spec.value_groups)
-    slots = spec.layout.spec.key_slots + spec.layout.spec.value_slots
-    by_registers = 4 if wide <= 4 and not slots else 3 if wide <= 4 else 2
+    by_registers = 3 if wide <= 4 else 2
     return max(1, min(by_memory, by_registers))
 
 
@@ -105,10 +104,24 @@ def _registers(spec: HopperSpec) -> dict[str, int]:
 
 
 def split_count(spec: HopperSpec, programs: int, pages: int, device: torch.device) -> int:
-    """Shares of the history: two pages a warp at least, one wave of programs at most."""
+    """Shares of the history: two pages a warp at least (one, up to 64 of them), and whole waves.
+
+    One wave, less the programs that read no pages, is best where it can be had. With more
+    sequences and heads than that, further programs come when others end; warps draw pages, so
+    that these help where work is left.
+    """
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    wave = programs_per_multiprocessor(spec) * multiprocessors // programs - 1
-    return max(1, min(wave, -(-pages // (2 * spec.warps))))
+    resident = programs_per_multiprocessor(spec) * multiprocessors
+    most = max(1, -(-pages // (2 * spec.warps)), min(16, -(-pages // spec.warps)))
+    if 2 * programs <= resident:
+        return min(most, resident // programs - 1)
+    shares = range(1, min(most, 8) + 1)
+    return max(shares, key=lambda s: (_filled(programs * s, resident) > 0.9, -s))
+
+
+def _filled(programs: int, resident: int) -> float:
+    """Share of the slots that programs take in their waves."""
+    return programs / (-(-programs // resident) * resident)
 
 
 @functools.cache
