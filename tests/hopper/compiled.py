@@ -22,7 +22,7 @@ WORDS = (
 )  # fmt: skip
 TYPES = (
     dict.fromkeys(HALVES, "*fp16") | dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(WORDS, "*i32")
-    | {"addresses": "*i64", "scale": "fp32", "softcap": "fp32"}
+    | {"scale": "fp32", "softcap": "fp32"}
 )  # fmt: skip
 
 
@@ -33,19 +33,21 @@ def compile_hopper(
     exact: bool = True,
     sinks: int = 1,
     logits: bool = False,
+    one_slab: bool = False,
     **options: Any,
 ) -> Any:
-    """Triton's compiled object."""
+    """Triton's compiled object; ``exact`` to ``one_slab`` are the kernel's constants."""
     kernel = hopper_kernel(spec)
+    types = TYPES | {"addresses": "*u8" if one_slab else "*i64"}
     signature = {
-        name: "constexpr" if name.isupper() else TYPES.get(name, "i32") for name in kernel.arg_names
+        name: "constexpr" if name.isupper() else types.get(name, "i32") for name in kernel.arg_names
     }
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(signature)
         if signature[name].startswith("*") or name == "page_bytes"
     }
-    constants = {"EXACT": exact, "SINKS": sinks, "LOGITS": logits}
+    constants = {"EXACT": exact, "SINKS": sinks, "LOGITS": logits, "ONE_SLAB": one_slab}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": spec.warps} | options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -34,6 +34,7 @@ def {name}(
     scale, softcap, window, heads, rep, steps, pages, query_batch, query_head_stride, query_step,
     key_batch, key_head, key_step, value_batch, value_head, value_step, table_row, position_row,
     slot_row, page_bytes, EXACT: gl.constexpr, SINKS: gl.constexpr, LOGITS: gl.constexpr,
+    ONE_SLAB: gl.constexpr,
 ):
 """
 

@@ -73,10 +73,10 @@ def attend(
     partial_lse = query.new_empty(shape, dtype=torch.float32)
     output = query.new_empty(batch, steps, query_heads, layout.value_dim)
     lse = query.new_empty(batch, query_heads, steps, dtype=torch.float32)
-    logits = site.sink_logits
+    logits, one_slab = site.sink_logits, len(cache.pages) == 1
     hopper_kernel(spec)[(batch * layout.heads, splits + 1, tiles)](
         query, key, value, constants.query_order, slots, history, cache.table, cache.positions,
-        page_addresses(cache.pages), cache.sinks, lse if logits is None else logits,
+        cache.pages[0] if one_slab else page_addresses(cache.pages), cache.sinks, lse if logits is None else logits,
         constants.block, constants.frequencies, constants.turns, constants.rope_scale,
         constants.key_unit, constants.gain, constants.offset, _counters(cache.table, programs),
         partial, partial_lse, output, lse,
@@ -84,6 +84,7 @@ def attend(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], cache.table.stride(0),
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
         EXACT=exact_chunk, SINKS=cache.sinks.shape[2], LOGITS=logits is not None,
+        ONE_SLAB=one_slab,
         num_warps=spec.warps, **_registers(spec),
     )  # fmt: skip
     return output, lse
@@ -106,15 +107,14 @@ def _registers(spec: HopperSpec) -> dict[str, int]:
 def split_count(spec: HopperSpec, programs: int, pages: int, device: torch.device) -> int:
     """Shares of the history: two pages a warp at least (one, up to 64 of them), and whole waves.
 
-    One wave, less the programs that read no pages, is best where it can be had. With more
-    sequences and heads than that, further programs come when others end; warps draw pages, so
-    that these help where work is left.
+    One wave is best where it can be had. With more sequences and heads than that, further
+    programs come when others end; warps draw pages, so that these help where work is left.
     """
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     resident = programs_per_multiprocessor(spec) * multiprocessors
     most = max(1, -(-pages // (2 * spec.warps)), min(16, -(-pages // spec.warps)))
     if 2 * programs <= resident:
-        return min(most, resident // programs - 1)
+        return min(most, resident // programs)
     shares = range(1, min(most, 8) + 1)
     return max(shares, key=lambda s: (_filled(programs * s, resident) > 0.9, -s))
 
