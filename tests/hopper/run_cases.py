@@ -18,9 +18,14 @@ from tests.triton.run_cases import check
 
 LONG = {
     f"{name}, lengths to 70001": replace(
-        BASE, spec=spec, rope=rope, lengths=(70001, 1, 4096, 33333, 63, 64, 65), heads=2, slabs=3,
+        BASE,
+        spec=spec,
+        rope=rope,
+        lengths=(70001, 1, 4096, 33333, 63, 64, 65),
+        heads=2,
+        slabs=3,
         dtype=dtype,
-    )  # fmt: skip
+    )
     for name, spec, rope, dtype in (
         ("3 bit", BASE.spec, half_rope(128, 128, 5e5), torch.float16),
         ("default", DEFAULT, half_rope(128, 128), torch.bfloat16),

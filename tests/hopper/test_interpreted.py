@@ -1,0 +1,127 @@
+"""The Hopper back end's launch and kernels on a CPU, against float64; see :mod:`.interpret`."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.lowering.triton.compat import unavailable
+from tests.hopper.cases import BASE, DEFAULT, FEATURES, FORMATS
+from tests.lowering.reference import half_rope, interleaved_rope
+from tests.triton.cases import Case, relative_error
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")
+
+TOLERANCE = 2e-3
+
+NARROW = replace(BASE, dims=(32, 32), rope=half_rope(32, 32))
+HALF_LINEAR = replace(BASE, dims=(64, 64), rope=half_rope(64, 64, 5e5))
+"""Of the two groups of pairs one turns explicitly, the other by the linear rule."""
+
+SMALL = {
+    "3 bit": HALF_LINEAR,
+    "default": replace(HALF_LINEAR, spec=DEFAULT, lengths=(150, 70)),
+    "default, no RoPE, hidden": replace(NARROW, rope=None, spec=DEFAULT, hidden=9, lengths=(130,)),
+    "1 bit, window over pages": replace(
+        NARROW, spec=CodecSpec(1, 1, 0, 0, False, 0), window=70, lengths=(200, 64), rep=1
+    ),
+    "2/4 bit, slots, 64/32": replace(
+        NARROW, spec=CodecSpec(2, 4, 2, 2, True, 2), dims=(64, 32), rope=half_rope(64, 32)
+    ),
+    "4/2 bit, key slot, 96/32, scattered and hidden": replace(
+        NARROW, spec=CodecSpec(4, 2, 1, 0, False, 0), dims=(96, 32), rope=half_rope(96, 96),
+        scattered=True, hidden=5, rep=2, lengths=(100,),
+    ),
+    "interleaved, scaled, far": replace(
+        NARROW, rope=interleaved_rope(32), start=999_000, lengths=(100,)
+    ),
+    "ragged and empty": replace(NARROW, lengths=(1, 200, 0, 63), rep=1, heads=2, slabs=3),
+    "soft-cap, sink logits": replace(NARROW, softcap=1.5, sink_logits=True, lengths=(70,)),
+    "four steps, padding, two tiles": replace(
+        NARROW, steps=4, padding=2, rep=3, lengths=(90, 70)
+    ),
+    "window, steps, own tokens": replace(
+        NARROW, steps=3, exact=False, rep=2, window=40, lengths=(150,)
+    ),
+    "peaked": replace(NARROW, sharpness=16.0, lengths=(150,)),
+}  # fmt: skip
+
+
+def check(case: Case, **how: Any) -> bytes:
+    """Run a case and compare all that it leaves; its log-sum-exps, to the bit."""
+    from tests.hopper.interpret import interpret
+
+    built = case.build()
+    outcome = interpret(built, **how)
+    expected, expected_lse = built.expected()
+    real = (built.slots >= 0)[:, :, None, None].expand_as(expected)
+    assert relative_error(outcome.output[real], expected[real]) <= TOLERANCE
+    assert (outcome.output[~real] == 0).all(), "rows of padding are zero"
+    assert not outcome.counters.any(), "the next launch finds its counters at zero"
+    there = torch.isfinite(expected_lse) & (built.slots >= 0)[:, None]
+    if there.any():
+        gap = (outcome.lse.double() - expected_lse)[there].abs().max()
+        assert gap < 2.5 * TOLERANCE * max(1.0, case.sharpness)
+    return outcome.lse.numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_cases(name: str) -> None:
+    check(SMALL[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS | FEATURES)
+def test_every_case_of_a_gpu(name: str) -> None:
+    check((FORMATS | FEATURES)[name])
+
+
+@pytest.mark.parametrize("order", ["own first", "own last"])
+@pytest.mark.parametrize("splits", [1, 5])
+def test_any_order_of_programs(order: str, splits: int) -> None:
+    check(SMALL["default"], order=order, splits=splits, seed=splits)
+
+
+def test_deterministic_mode_gives_the_same_bits_in_any_order() -> None:
+    run = functools.partial(check, SMALL["3 bit"], deterministic=True, splits=2)
+    first = run(seed=1, order="own first")
+    assert all(run(seed=seed) == first for seed in (2, 3))
+
+
+def test_warps_draw_other_pages_in_another_order() -> None:
+    case = replace(SMALL["3 bit"], lengths=(1200,))
+    results = {check(case, seed=seed) for seed in range(4)}
+    assert len(results) > 1, "no order changed even a bit: are pages drawn at all?"
+
+
+@pytest.mark.parametrize(
+    ("removed", "complaint"),
+    [
+        (r"bar\.warp\.sync -1;", "no barrier between"),
+        (r"bar\.sync\s+0;", "no barrier between|no mbarrier"),
+        (r"@!p bra AGAIN;", "has not waited for"),
+    ],
+)
+def test_a_kernel_without_its_barriers_is_found_out(
+    removed: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.hopper import interpret
+    from tests.hopper.ptx.decode import decode
+    from tests.hopper.ptx.errors import Hazard
+
+    def without(*which: Any) -> Any:
+        text, shared_bytes = interpret.emitted(*which)
+        less = re.sub(removed, "", text)
+        assert less != text
+        return decode(less, which[0].name), shared_bytes
+
+    built = SMALL["default"].build()
+    monkeypatch.setattr(interpret, "decoded", without)
+    with pytest.raises(Hazard, match=complaint):
+        interpret.interpret(built)
