@@ -23,7 +23,8 @@ class HopperConstants:
 
     Attributes:
         block: int32 [H, size / 4], see :class:`~.spec.Constants`.
-        key_unit: float32 [H], what a product of a unit query and scaled keys is to be multiplied by.
+        key_unit: float32 [H], what a product of a unit query and scaled keys is to be multiplied
+            by.
         frequencies, rope_scale: float32 [P].
         turns: int32 [P, 2], frequencies in turns a position, as 64-bit fractions.
         query_order: int32 [2 P], or empty.
@@ -72,7 +73,8 @@ def hopper_constants(
     assert block.shape[1] * 4 == Constants(spec).size
     return HopperConstants(
         block.contiguous().to(device), unit.float().to(device), frequencies.float().to(device),
-        _turn_fractions(frequencies.double()).to(device), rope_scale.float().to(device), order.to(torch.int32).to(device),
+        _turn_fractions(frequencies.double()).to(device), rope_scale.float().to(device),
+        order.to(torch.int32).to(device),
         host.value_gain.float().contiguous().to(device),
         host.value_offset.float().contiguous().to(device), explicit, rotates, stretched,
     )  # fmt: skip
@@ -109,7 +111,7 @@ def _width(x: Tensor, width: int, value: float) -> Tensor:
 
 
 def _table_bytes(table: Tensor, bits: int, *, signed: bool) -> Tensor:
-    """Sixteen bytes a head, four times: entries plus their bias, or (values, up to 3 bits) signed ones."""
+    """Sixteen bytes a head, four times: entries plus their bias; values of up to 3 bits signed."""
     bias = 0 if signed and bits < 4 else table_bias(bits)
     data = (table.to(torch.int32) + bias).to(torch.uint8)
     return torch.nn.functional.pad(data, (0, 16 - data.shape[1])).repeat(1, 4).view(torch.int32)
@@ -117,9 +119,7 @@ def _table_bytes(table: Tensor, bits: int, *, signed: bool) -> Tensor:
 
 def _fragment_pairs(groups: int) -> Tensor:
     """Pair of (group, t, half, low): int64 [groups, 4, 2, 2]."""
-    u, t, half, low = torch.meshgrid(
-        *(torch.arange(n) for n in (groups, 4, 2, 2)), indexing="ij"
-    )
+    u, t, half, low = torch.meshgrid(*(torch.arange(n) for n in (groups, 4, 2, 2)), indexing="ij")
     return 16 * u + 8 * half + 2 * t + low
 
 

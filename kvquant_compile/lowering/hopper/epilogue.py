@@ -194,8 +194,8 @@ class EpilogueEmitter:
         out(
             f"seen = top > {NOTHING}",
             "over = gl.where(seen, 1.0 / whole, 0.0)",
-            "destination = output + ((row * steps + own_step) * (heads * rep) + query_head).to(gl.int64)"
-            f" * {dim}",
+            "place = (row * steps + own_step) * (heads * rep) + query_head",
+            f"destination = output + place.to(gl.int64) * {dim}",
         )
         for v in self._vectors_of_lane:
             out(f"first_channel = lane * 4 + {128 * v}")

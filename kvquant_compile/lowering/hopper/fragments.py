@@ -145,8 +145,13 @@ def warp_sync(out: KernelWriter) -> None:
 
 
 def reduce_lanes(
-    out: KernelWriter, name: str, combine: str, *, kind: str = "f", lanes: Sequence[int] = (4, 8, 16)
-) -> None:  # fmt: skip
+    out: KernelWriter,
+    name: str,
+    combine: str,
+    *,
+    kind: str = "f",
+    lanes: Sequence[int] = (4, 8, 16),
+) -> None:
     """Combine a variable over lanes whose numbers differ in the bits ``lanes``."""
     for lane in lanes:
         text = f"shfl.sync.bfly.b32 $0, $1, {lane}, 31, -1;"

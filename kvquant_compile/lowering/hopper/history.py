@@ -1,8 +1,9 @@
 """The source of the Hopper kernel: a decode step's attention in one launch, flash decoding.
 
 A program works on one sequence, one kv head, one tile of query columns and, with the other
-splits, on all pages; the last of them to end merges the splits. Every warp takes whole pages, on its own, as they come: bulk copies into
-shared memory, codes to matrix fragments in registers, two kinds of products, a running softmax.
+splits, on all pages; the last of them to end merges the splits. Every warp takes whole pages, on
+its own, as they come: bulk copies into shared memory, codes to matrix fragments in registers, two
+kinds of products, a running softmax.
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ def _write_body(out: KernelWriter, spec: HopperSpec) -> None:
         values.accumulate(out, 1)
         ring.copy_values(out, "(upcoming < units) & (again == 0)")
         values.finish(out)
-        out("turn = gl.where(again != 0, turn, upcoming)", "phase = gl.where(again != 0, phase, phase ^ 1)")
+        out(
+            "turn = gl.where(again != 0, turn, upcoming)",
+            "phase = gl.where(again != 0, phase, phase ^ 1)",
+        )
     if value_slots.count:
         value_slots.flush(out)
     EpilogueEmitter(spec, memory).write(out)

@@ -76,7 +76,8 @@ def attend(
     logits, one_slab = site.sink_logits, len(cache.pages) == 1
     hopper_kernel(spec)[(batch * layout.heads, splits + 1, tiles)](
         query, key, value, constants.query_order, slots, history, cache.table, cache.positions,
-        cache.pages[0] if one_slab else page_addresses(cache.pages), cache.sinks, lse if logits is None else logits,
+        cache.pages[0] if one_slab else page_addresses(cache.pages), cache.sinks,
+        lse if logits is None else logits,
         constants.block, constants.frequencies, constants.turns, constants.rope_scale,
         constants.key_unit, constants.gain, constants.offset, _counters(cache.table, programs),
         partial, partial_lse, output, lse,
@@ -140,9 +141,7 @@ def _remember(kind: str, anchor: Tensor, made: Any) -> None:
     _known()[key] = (weakref.ref(anchor, lambda _: _known().pop(key, None)), made)
 
 
-def _constants(
-    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]
-) -> HopperConstants:
+def _constants(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> HopperConstants:
     """A layer's constants, made once for its tables."""
     made = _remembered("constants", tables[0])
     if made is None:

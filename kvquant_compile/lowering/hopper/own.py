@@ -1,6 +1,7 @@
 """The tokens outside the pages: exact leading ones, and the step's own.
 
-The first program of a head attends to them alone, and leaves the result as one more split. A warp takes a query at a time, a lane every 32nd channel.
+The first program of a head attends to them alone, and leaves the result as one more split. A warp
+takes a query at a time, a lane every 32nd channel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ALL_LANES = (1, 2, 4, 8, 16)
 
 
 def write_column(out: KernelWriter, spec: HopperSpec, number: int) -> None:
-    """``own_place`` of a column of the tile, whether it is ``own_real``, its query head and step."""
+    """``own_place`` of a column of the tile, ``own_real``, its query head and step."""
     out(
         f"own_place = warp + {number * spec.warps}",
         f"own_column = tile * {spec.columns} + own_place",

@@ -72,7 +72,7 @@ class QueryEmitter:
         out(f"unit{group} = own * (scale * gl.load(key_unit + head){log})")
 
     def _load_frequencies(self, out: KernelWriter, pairs: int) -> None:
-        """Derivatives by half a page: ``sin(x / 2) 2 = x (1 - x**2 / 24 ..)`` fitted to the edge."""
+        """Derivatives by half a page: ``sin(i x)``, i in -1..1, as i times ``x - x**3 / 8``."""
         if pairs < self.spec.explicit:
             return
         for half in range(2):

@@ -101,7 +101,10 @@ class RingEmitter:
     def locate(self, out: KernelWriter) -> None:
         """Byte addresses of the page and of its positions."""
         with out.block("if ONE_SLAB:"):  # then the addresses are the slab itself
-            out("page_source = addresses.to(gl.int64) + identity.to(gl.int64) * (heads * page_bytes)")
+            out(
+                "page_source = addresses.to(gl.int64)"
+                " + identity.to(gl.int64) * (heads * page_bytes)"
+            )
         with out.block("else:"):
             out("page_source = gl.load(addresses + identity)")
         out(

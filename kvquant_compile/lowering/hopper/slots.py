@@ -1,9 +1,9 @@
 """Outlier slots: a few exact residuals of every token, added to scores and to sums.
 
 A slot is a channel (one byte) and a float16 residual. Keys: a residual is turned by its token's
-position and meets the query, gathered from ``[pair][4 heads]`` halves (a, b). Values: a weight times
-a residual is added, in fixed point, to ``[channel][4 heads]``. The head comes last, so that the
-four lanes of a token reach four memory banks.
+position and meets the query, gathered from ``[pair][4 heads]`` halves (a, b). Values: a weight
+times a residual is added, in fixed point, to ``[channel][4 heads]``. The head comes last, so that
+the four lanes of a token reach four memory banks.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class KeySlotEmitter:
         text = f".reg .b32 c, x; ld.shared.b32 c, [$4+{index}];\n"
         pairs = self.spec.pairs
         if pairs & (pairs - 1) == 0:
-            text += f"and.b32 c, c, 0x{pairs - 1:02x}{pairs - 1:02x}{pairs - 1:02x}{pairs - 1:02x};\n"
+            text += f"and.b32 c, c, 0x{f'{pairs - 1:02x}' * 4};\n"
         for i in range(4):
             text += f"prmt.b32 ${i}, c, 0, 0x444{i};\n"
             if pairs & (pairs - 1):  # less the number of pairs, where that is no negative number
@@ -109,7 +109,8 @@ def _add_text(token: int, region: int) -> str:
     return (
         ".reg .b32 x, e, c; .reg .b16 l, h; .reg .f32 f;\n"
         f"shfl.sync.idx.b32 c, $2, {token}, 0x1c03, -1; mad.lo.u32 x, $1, 16, $3;\n"
-        f"ld.shared.b32 e, [x+{region}]; mul.rn.f16x2 e, e, c; mov.b32 {{l, h}}, e; add.rn.f16 l, l, h;\n"
+        f"ld.shared.b32 e, [x+{region}];\n"
+        "mul.rn.f16x2 e, e, c; mov.b32 {l, h}, e; add.rn.f16 l, l, h;\n"
         f"cvt.f32.f16 f, l; fma.rn.f32 $0, f, {_float(HEADROOM)}, $4;"
     )
 
@@ -167,7 +168,8 @@ class ValueSlotEmitter:
         for i in range(3, len(words) + 2):  # halves of one sign compare like integers
             text += f"and.b32 y, ${i}, 0x7fff7fff; max.u16x2 x, x, y;\n"
         text += (
-            "shr.u32 y, x, 16; and.b32 x, x, 0xffff; max.u32 x, x, y; redux.sync.max.u32 x, x, -1;\n"
+            "shr.u32 y, x, 16; and.b32 x, x, 0xffff; max.u32 x, x, y;\n"
+            "redux.sync.max.u32 x, x, -1;\n"
             ".reg .b16 l, h; .reg .f32 f; mov.b32 {l, h}, x; cvt.f32.f16 f, l;\n"
             "mov.b32 y, f; and.b32 y, y, 0x7f800000; add.u32 y, y, 0x00800000;\n"
             ".reg .pred p; setp.ge.u32 p, x, 0x7c00; selp.b32 y, 0x3f800000, y, p;\n"

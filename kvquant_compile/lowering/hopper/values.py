@@ -76,9 +76,7 @@ class ValueEmitter:
         text += "".join(f"max.f16x2 x, x, ${i};\n" for i in range(3, n + 1)) + "mov.b32 $0, x;"
         out.ptx(text, ["widest"], [f"w{j}" for j in range(n)], pure=True, name="MAX_HALVES")
         for lane in (4, 8, 16):
-            text = (
-                f".reg .b32 x; shfl.sync.bfly.b32 x, $1, {lane}, 31, -1; max.f16x2 $0, $1, x;"
-            )
+            text = f".reg .b32 x; shfl.sync.bfly.b32 x, $1, {lane}, 31, -1; max.f16x2 $0, $1, x;"
             out.ptx(text, ["widest"], ["widest"], pure=True, name="MAX_LANES")
         out.ptx(_LOWER, ["widest"], ["widest"], into="f", pure=True, name="LOWER_HALF")
         out("widest = gl.maximum(widest, 1e-7)")
@@ -229,4 +227,3 @@ class ValueEmitter:
 
 _LOWER = ".reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l;"
 _UPPER = ".reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h;"
-

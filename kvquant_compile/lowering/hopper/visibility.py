@@ -90,7 +90,8 @@ class VisibilityEmitter:
     def _check(self, out: KernelWriter) -> None:
         """``base``, the first token's position, and the flag: set where tokens are hidden or,
         with RoPE, positions not consecutive. A lane looks at two tokens."""
-        text = f".reg .b32 p, q, x; .reg .pred f; ld.shared.v2.b32 {{p, q}}, [$1+{self.memory.positions}];\n"
+        text = ".reg .b32 p, q, x; .reg .pred f;\n"
+        text += f"ld.shared.v2.b32 {{p, q}}, [$1+{self.memory.positions}];\n"
         if self.spec.rotates:
             text += (
                 "shfl.sync.idx.b32 $0, p, 0, 31, -1; sub.s32 q, q, p; sub.s32 q, q, 1;\n"

@@ -64,7 +64,8 @@ class KernelWriter(Source):
         """
         into = into or "r" * len(outputs)
         kinds = kinds or "r" * len(inputs)
-        assert len(kinds) == len(inputs) and len(into) == len(outputs), name
+        assert len(kinds) == len(inputs), name
+        assert len(into) == len(outputs), name
         if list(outputs) == ["_"]:
             text += " mov.u32 $0, 0;"
         block = Block("{ " + text + " }" if scoped else text, into, kinds, pure)
