@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from kvquant_compile.config import Bits
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
 from kvquant_compile.inspect.report import Report, build_report, describe_decode
 from kvquant_compile.inspect.source import layer_source
+from kvquant_compile.mixed.choose import calibrate_mixed
+from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import Choice, choose, stored_layers
@@ -34,8 +36,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def optimize(
     model: Model,
-    bits: Bits | Mapping[int, Bits] | None = None,
+    bits: Bits | Mapping[int, Bits] | float | str | None = None,
     *,
+    budget: float | str | None = None,
+    allocation: str = "measured",
     recipe: str | Recipe | Callable[..., Recipe] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
@@ -60,7 +64,13 @@ def optimize(
             ``forward(ids, past) -> (logits, past)``.
         bits: width of keys and values, 1..8, or 16 for lossless storage; a pair
             (key_bits, value_bits); or cache layer -> either. None: 3, the recipe's own, or the
-            artifact's.
+            artifact's. A fraction (2.5), or "auto" with a ``budget``: every layer's keys and
+            values get widths of their own, by sensitivity, within the bytes of such a mixture.
+        budget: for ``bits="auto"``: effective bits per element (2.9), everything stored for a
+            full page included, or bytes a token over all layers ("1.5 kB").
+        allocation: how sensitivity is found: "measured" (divergence of the model's logits with
+            one layer's keys or values quantised at a time) or "fisher" (from the gradients of
+            calibration, much faster).
         recipe: how they are stored: "kvquant+" (the default), a published method ("kvquant",
             "kivi", "rotatekv", "qserve", "gear", "rvq", "fp8", "int"), a
             :class:`kvquant_compile.recipes.Recipe`, or a function of the widths that returns one.
@@ -91,7 +101,9 @@ def optimize(
     _refuse_optimised(model)
     given = _given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
-    choice = choose(recipe, bits, slots, sinks)
+    mixed = MixedBits.make(bits, budget, allocation)
+    whole = cast("Bits | Mapping[int, Bits] | None", bits if mixed is None else mixed.placeholder)
+    choice = choose(recipe, whole, slots, sinks)
     if given is not None and choice.asked:
         _check_asked(choice, given)
     options = choice.calibration(options)
@@ -107,7 +119,12 @@ def optimize(
         bar.stage("validate (lossless)")
         errors = validate_lossless(captured, layers)
         if given is None:
-            given = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
+            if mixed is None:
+                given = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
+            else:
+                given = calibrate_mixed(
+                    captured, layers, choice, mixed, calibration, tokenizer, options, bar
+                )
             given = dataclasses.replace(given, details={"recipe": choice.name, **given.details})
         specs, tables = given.for_model(captured, layers)
         bar.stage("rewrite")

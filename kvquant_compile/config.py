@@ -97,7 +97,8 @@ def _pair(bits: Any) -> tuple[int, int]:
         raise OptionError(
             f"bits={bits!r}",
             why="a width is a whole number from 1 to 8, or 16 for lossless storage",
-            do="Pass bits=3, a pair (key_bits, value_bits), or {layer: width}.",
+            do="Pass bits=3, a pair (key_bits, value_bits), {layer: width}, or, for a mixture, a "
+            'fraction such as 2.5 or "auto" with a budget.',
         )
     if (pair[0] == LOSSLESS) != (pair[1] == LOSSLESS):
         raise OptionError(

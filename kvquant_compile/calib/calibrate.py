@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.data import WindowSettings, calibration_windows, sample_windows
 from kvquant_compile.calib.fit import fit_layer, fit_recipe
@@ -86,15 +88,37 @@ def observe_windows(
     Raises:
         CalibrationError: the data is unusable.
     """
+    windows = choose_windows(captured, data, tokenizer, options, bar)
+    return observe_chosen(captured, layers, windows, data is None, options, bar)
+
+
+def choose_windows(
+    captured: Captured, data: Any, tokenizer: Any, options: CalibrationOptions, bar: Progress
+) -> list[Tensor]:
+    """The user's windows int64 [1, S], or sampled ones if there is no data.
+
+    Raises:
+        CalibrationError: the data is unusable.
+    """
     if data is None:
         bar.stage("sample calibration text")
-        windows = sample_windows(captured, options.sampled)
-    else:
-        windows = calibration_windows(data, tokenizer, captured, options.windows)
+        return sample_windows(captured, options.sampled)
+    return calibration_windows(data, tokenizer, captured, options.windows)
+
+
+def observe_chosen(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    windows: Sequence[Tensor],
+    sampled: bool,
+    options: CalibrationOptions,
+    bar: Progress,
+) -> tuple[dict[int, Observed], dict[str, Any]]:
+    """As :func:`observe_windows`, of windows that are chosen already."""
     steps = bar.each("observe keys and values", windows, len(windows))
     observed = observe(captured, layers, steps, options.fit.sensitivity)
     source = {
-        "source": "sampled by the model" if data is None else "given",
+        "source": "sampled by the model" if sampled else "given",
         "windows": len(windows),
         "tokens": sum(w.shape[1] for w in windows),
         "seed": options.windows.seed,
@@ -111,7 +135,21 @@ def fit_artifact(
     source: Mapping[str, Any],
     bar: Progress | None = None,
 ) -> Artifact:
-    """Fit every layer's tables; lossless layers have none. ``source`` says where from."""
+    """Fit every layer's tables and bind them to the model; ``source`` says where from."""
+    tables = fit_tables(captured, layers, specs, observed, options, bar)
+    details = {**source, "fit": asdict(options.fit)}
+    return Artifact.make(captured, layers, specs, tables, details)
+
+
+def fit_tables(
+    captured: Captured,
+    layers: Sequence[MatchedLayer],
+    specs: Mapping[int, Format],
+    observed: Mapping[int, Observed],
+    options: CalibrationOptions,
+    bar: Progress | None = None,
+) -> dict[int, Tables]:
+    """Every layer's tables by cache index; lossless layers have none."""
     tables: dict[int, Tables] = {}
     order = [layer.plan for layer in layers]
     for plan in order if bar is None else bar.each("fit tables", order, len(order)):
@@ -131,8 +169,7 @@ def fit_artifact(
                 options.fit,
                 ignore=seen.places < spec.sink_tokens,
             )
-    details = {**source, "fit": asdict(options.fit)}
-    return Artifact.make(captured, layers, specs, tables, details)
+    return tables
 
 
 def needs_calibration(spec: Format) -> bool:

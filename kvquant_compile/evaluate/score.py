@@ -96,6 +96,16 @@ def _compare(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
     return total / targets.numel()
 
 
+def mean_kl(base: Tensor, other: Tensor) -> float:
+    """KL(base || other) of the distributions of logits [S, vocab], nats, mean over tokens."""
+    total = 0.0
+    for start in range(0, base.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        p, q = base[rows].float().log_softmax(-1), other[rows].float().log_softmax(-1)
+        total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+    return total / base.shape[0]
+
+
 def _mean(total: Tensor, windows: int, tokens: int) -> Score:
     loss, kl, top1 = (float(x) / windows for x in total)
     return Score(float(torch.tensor(loss).exp()), kl, top1, windows, tokens)

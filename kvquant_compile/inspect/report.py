@@ -152,10 +152,11 @@ class Report:
         )
         exact = sum(report.exact_bytes for report in self.layers)
         proof = f"lossless rewrite against the original: worst relative error {worst:.1e}"
-        shown = {k: v for k, v in self.calibration.items() if k != "fit"}
+        shown = {k: v for k, v in self.calibration.items() if k not in ("fit", "mixed")}
         beside = f"beside the pages: {exact:,} bytes of exact tokens a sequence"
         origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in shown.items())
         lines = [*([beside] if exact else []), proof, origin]
+        lines += [_mixture(self.calibration["mixed"])] if "mixed" in self.calibration else []
         lines += [f"decode step: {self.decode_step}"] if self.decode_step else []
         texts = [Text("\n" + str(source)) for source in self.sources]
         return Group(Text(head, style="bold"), self._table(), *map(Text, lines), *texts)
@@ -262,6 +263,15 @@ def _widths(layout: Layout) -> tuple[float, float, str]:
         return *bits, "-"
     spec = layout.spec
     return spec.key_bits, spec.value_bits, f"{spec.key_slots}+{spec.value_slots}"
+
+
+def _mixture(mixed: Mapping[str, Any]) -> str:
+    """How the widths were chosen."""
+    how = "measured one at a time" if mixed["method"] == "measured" else "from gradients"
+    return (
+        f"widths: chosen for {mixed['asked']} ({mixed['bytes_per_token']:,.1f} bytes a token), "
+        f"losses {how}, expected KL {mixed['expected_kl']:.4f} nats"
+    )
 
 
 def _rope(plan: LayerPlan) -> str:
