@@ -67,6 +67,8 @@ class AttendPlan:
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         window: key j is visible to query i iff ``i - window < j <= i``; 0 for no window.
         sink_logits: whether a learned per-head logit joins the softmax (gpt-oss).
+        position_bias: whether scores of head h change by ``slope[h] * (key's place - query's)``
+            (ALiBi).
     """
 
     query_heads: int
@@ -74,6 +76,7 @@ class AttendPlan:
     softcap: float = 0.0
     window: int = 0
     sink_logits: bool = False
+    position_bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,11 @@ from kvquant_compile.capture.markers import APPEND, ATTEND
 from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
 
 
-def bypass_error(name: str) -> UnsupportedModelError:
-    """The refusal of a model with attention code of its own."""
-    return UnsupportedModelError(
-        f"{name} cannot be captured",
-        why="it appends to its cache but computes attention in code of its own, which bypasses"
-        " the attention interface of transformers",
-        do="Use a model that follows the interface; a wrong capture would be silent.",
-    )
-
-
 def audit_firings(name: str, seen: Firings) -> None:
     """Check what an eager run of the marked model did.
 
     Raises:
-        UnsupportedModelError: no append (no key-value cache), or appends without attention.
+        UnsupportedModelError: no append (no key-value cache), or attention to later tokens.
         UnsupportedLayerError: a mask of another kind than causal and sliding.
     """
     if not seen.appends:
@@ -33,8 +23,6 @@ def audit_firings(name: str, seen: Firings) -> None:
             " of another kind",
             do="Use a decoder-only language model with a key-value cache.",
         )
-    if seen.attends < seen.appends:
-        raise bypass_error(name)
     for kind in seen.masks:
         if kind.looks_ahead:
             raise UnsupportedModelError(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from kvquant_compile.capture.attention_sites import mark_attention
+from kvquant_compile.capture.cache_inputs import mark_appends
 from kvquant_compile.capture.captured import CacheLayout, Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph
-from kvquant_compile.capture.functional_attend import mark_attention
-from kvquant_compile.capture.functional_cache import mark_appends
 from kvquant_compile.capture.functional_check import self_check
 from kvquant_compile.errors import KVQuantError, OptionError, UnsupportedModelError
 
@@ -75,8 +75,10 @@ def capture_functional(model: nn.Module, example_inputs: tuple[Any, ...] | None)
         decoder = _understand(model, example_inputs)
         program = _export(decoder)
         gm = flat_graph(program, all_outputs=True)
+        ids = gm.graph.find_nodes(op="placeholder")[0]
+        ids.target = ids.name = "ids"
         mark_appends(gm, decoder.layout)
-        unmasked = mark_attention(gm, decoder.layout)
+        unmasked = any(meaning.mask_assumed for meaning in mark_attention(gm))
         evidence = self_check(gm, decoder, parameter.dtype, unmasked)
     return Captured(
         gm, "functional", model, model, parameter.device, parameter.dtype,

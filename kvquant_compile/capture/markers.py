@@ -4,7 +4,8 @@
     k, v: [B, Hkv, S, D]; returns the layer's whole keys and values, [B, Hkv, past + S, D].
 ``mask(padding?, batch, queries, past, kind, window, device) -> bool [B, 1, S, past + S]``
     kind is ``causal`` or ``sliding``.
-``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal) -> [B, S, Hq, Dv]``
+``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?)``
+    returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi).
 
 Fake implementations pretend that ``past`` is 0: every length is then S, and the past length never
 enters a shape of the captured graph, where it would leave guards such as ``past + S != 1``.
@@ -38,7 +39,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, int layer, float scaling,"
-    " float softcap, int window, bool causal) -> Tensor"
+    " float softcap, int window, bool causal, Tensor? slopes=None) -> Tensor"
 )
 
 
@@ -84,10 +85,11 @@ def _attend(
     softcap: float,
     window: int,
     causal: bool,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     if is_fake(q, k, v):
         return _fake_attend(q, k, v)
-    return exact_attention(q, k, v, mask, sinks, scaling, softcap)
+    return exact_attention(q, k, v, mask, sinks, scaling, softcap, slopes)
 
 
 def _fake_append(k: Tensor, v: Tensor, layer: int, past: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ _JOINS = "cat stack hstack concat concatenate"
 MOVES = frozenset(f"{_VIEWS} {_COPIES} {_JOINS}".split())
 CASTS = frozenset(("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"))
 # What carries one tensor along.
-_CARRIES = (MOVES | CASTS) - frozenset(_JOINS.split())
+CARRIES = (MOVES | CASTS) - frozenset(_JOINS.split())
 
 
 def op_name(node: fx.Node) -> str:
@@ -26,7 +26,7 @@ def op_name(node: fx.Node) -> str:
 
 def origin(node: fx.Node) -> fx.Node:
     """What a tensor is a moved, repeated or cast version of."""
-    while node.op == "call_function" and op_name(node) in _CARRIES:
+    while node.op == "call_function" and op_name(node) in CARRIES:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source

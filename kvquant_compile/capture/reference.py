@@ -50,6 +50,7 @@ def exact_attention(
     sinks: Tensor | None,
     scaling: float,
     softcap: float,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention as the model defines it, differentiable in q, k, v and sinks.
 
@@ -60,6 +61,8 @@ def exact_attention(
         sinks: [Hq] logits that join each softmax without a value, or None.
         scaling: factor of the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
+        slopes: [Hq]; ``slope * (j - i)`` joins the score of query i and key j (ALiBi, arXiv
+            2108.12409), both counted from the first key, the last query being the last key.
 
     Returns:
         [B, S, Hq, Dv] in the dtype of v.
@@ -68,22 +71,32 @@ def exact_attention(
         # A row without any visible key (left padding) would give NaN, which then leaks into
         # other rows through 0 * NaN: let such rows attend to everything, nobody reads them.
         mask = mask | ~mask.any(-1, keepdim=True)
-    if sinks is None and not softcap:
+    if sinks is None and not softcap and slopes is None:
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2)
-    weights = _weights(q, k, mask, sinks, scaling, softcap).to(v.dtype)
+    weights = _weights(q, k, mask, sinks, scaling, softcap, slopes).to(v.dtype)
     return (weights @ _repeat_heads(v, q.shape[1])).transpose(1, 2)
 
 
 def _weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, scaling: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scaling: float,
+    softcap: float,
+    slopes: Tensor | None,
 ) -> Tensor:
     scores = (q @ _repeat_heads(k, q.shape[1]).transpose(2, 3)).float() * scaling
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
+    if slopes is not None:
+        places = torch.arange(k.shape[2], device=k.device)
+        distance = places - places[k.shape[2] - q.shape[2] :, None]
+        scores = scores + slopes.float()[:, None, None] * distance
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from kvquant_compile.capture.audit import audit_firings, audit_graph, bypass_error
+from kvquant_compile.capture.audit import audit_firings, audit_graph
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
-from kvquant_compile.capture.hf_hooks import Firings, capture_cache, markers_in
+from kvquant_compile.capture.hf_hooks import Firings, attention_by, capture_cache, markers_in
 from kvquant_compile.capture.hf_selfcheck import embedding_width, self_check
+from kvquant_compile.capture.own_attention import export_own, marked_graph
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
 
 # Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
@@ -49,8 +52,8 @@ def capture_transformers(model: PreTrainedModel) -> Captured:
     The model is the same afterwards, training mode and attention implementation included.
 
     Raises:
-        UnsupportedModelError: not a decoder with a key-value cache, or one whose attention does
-            not go through the attention interface, or whose graph does not reproduce it.
+        UnsupportedModelError: not a decoder with a key-value cache, or one whose graph does not
+            reproduce it.
         UnsupportedLayerError: an attention or mask of unknown meaning.
     """
     refuse_by_config(model)
@@ -58,8 +61,10 @@ def capture_transformers(model: PreTrainedModel) -> Captured:
     parameter = next(p for p in backbone.parameters() if p.is_floating_point())
     with evaluation_mode(model), torch.no_grad():
         seen = _eager_run(model, backbone, parameter)
-        program = _export(model, backbone, parameter, seen)
-        gm = flat_graph(program)
+        if seen.attends < seen.appends:
+            gm, seen = _own_attention(model, backbone, parameter)
+        else:
+            gm = flat_graph(_export(model, backbone, parameter, seen))
         sizes_from(gm, "hidden")
         optional = mask_from_input(gm, "attention_mask")
         audit_graph(gm.graph, seen)
@@ -141,7 +146,10 @@ def _text_config(backbone: PreTrainedModel) -> Any:
 
 
 def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) -> Firings:
-    """One plain run with markers: classifies the masks and counts the sites."""
+    """One plain run with markers: classifies the masks and counts the sites.
+
+    Fewer attentions than appends tell that the model attends in code of its own.
+    """
     seen = Firings()
     try:
         with markers_in(model, seen):
@@ -151,7 +159,7 @@ def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) 
         raise
     except Exception as error:
         if seen.appends and not seen.attends:
-            raise bypass_error(type(model).__name__) from error
+            return seen
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be captured",
             why=f"its backbone does not run on embedded tokens and a cache: {error}",
@@ -167,15 +175,31 @@ def _export(
     tracing = Firings(masks=eager.masks, replaying=True)
     two = {0: Dim.AUTO, 1: Dim.AUTO}
     shapes = {"hidden": two, "attention_mask": two, "position_ids": two, "past": Dim.DYNAMIC}
+    with _export_errors(model), markers_in(model, tracing):
+        return torch.export.export(
+            _Flat(backbone, _text_config(backbone), tracing),
+            _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+
+
+def _own_attention(
+    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor
+) -> tuple[fx.GraphModule, Firings]:
+    """The marked graph of a model whose attention is code of its own."""
+    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3]
+    before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
+    with _export_errors(model), attention_by(backbone, "eager"):
+        program, layout = export_own(backbone, _text_config(backbone), step, before)
+    return marked_graph(program, layout)
+
+
+@contextmanager
+def _export_errors(model: PreTrainedModel) -> Iterator[None]:
     try:
-        with markers_in(model, tracing):
-            return torch.export.export(
-                _Flat(backbone, _text_config(backbone), tracing),
-                _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
-                dynamic_shapes=shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+        yield
     except KVQuantError:
         raise
     except Exception as error:

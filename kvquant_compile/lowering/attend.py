@@ -60,6 +60,7 @@ class Site:
     softcap: float
     window: int
     sink_logits: Tensor | None
+    slopes: Tensor | None = None
 
 
 def attend(
@@ -80,7 +81,7 @@ def attend(
         value: [B, H, S, value_dim], the step's own values.
         slots, history: see :mod:`kvquant_compile.lowering.ops`; padding gets zeros and -inf.
         cache: the layer's cache, the step already appended.
-        site: scale, softcap, window and sink logits.
+        site: scale, softcap, window, sink logits and slopes of a position bias.
         exact_chunk: read the step's own tokens exactly instead of from the cache.
 
     Returns:
@@ -100,7 +101,8 @@ def attend(
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
         visible = _visible(slots, first, hidden, limit, site.window)
-        _update(state, grouped, keys, values, visible, site.softcap)
+        bias = _bias(site, slots, _places(first, keys), groups)
+        _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
         state.merge(*(x.float().unflatten(1, groups) for x in own))
     elif exact_chunk:
@@ -197,7 +199,8 @@ def _own_by_flash(
         output [B, Hq, S, D] and log-sum-exp [B, Hq, S]; None where it cannot: it does plain causal
         attention of several tokens, none of them padding.
     """
-    if slots.shape[1] == 1 or site.softcap or site.window or not bool((slots >= 0).all()):
+    plain = not (site.softcap or site.window or site.slopes is not None)
+    if slots.shape[1] == 1 or not plain or not bool((slots >= 0).all()):
         return None
     return causal_flash(query, key, value, site.scale)
 
@@ -215,7 +218,28 @@ def _attend_own(
             seen = seen & (own[:, None] > slots[..., None] - site.window)
         tile = slice(start, start + block)
         keys, values = key[:, :, tile].float(), value[:, :, tile].float()
-        _update(state, query, keys, values, seen, site.softcap, first_query=start)
+        bias = _bias(site, slots, own, (query.shape[1], query.shape[2]))
+        _update(state, query, keys, values, seen, site.softcap, bias, first_query=start)
+
+
+def _places(first: int, keys: Tensor) -> Tensor:
+    """Slots of a block's keys, [1, N]."""
+    return torch.arange(first, first + keys.shape[2], device=keys.device)[None]
+
+
+def _bias(site: Site, slots: Tensor, places: Tensor, groups: tuple[int, int]) -> Tensor | None:
+    """What the distance adds to scores: float32 [B, H, G, S, N]; None without a position bias.
+
+    Args:
+        site: of the attention.
+        slots: of the queries, [B, S].
+        places: slots of the keys, [B or 1, N].
+        groups: kv heads, queries per kv head.
+    """
+    if site.slopes is None:
+        return None
+    distance = (places[:, None, :] - slots[..., None])[:, None, None]
+    return site.slopes.view(1, *groups, 1, 1) * distance
 
 
 def _update(
@@ -225,6 +249,7 @@ def _update(
     values: Tensor,
     visible: Tensor | None,
     softcap: float,
+    bias: Tensor | None = None,
     first_query: int = 0,
 ) -> None:
     """Merge one block of keys into the softmax of all queries from ``first_query`` on."""
@@ -239,6 +264,8 @@ def _update(
         scores = (part.flatten(2, 3) @ transposed).unflatten(2, part.shape[2:4])
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
+        if bias is not None:
+            scores = scores + bias[..., tile, :]
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
         state.update(tile, scores, values)

@@ -11,6 +11,7 @@ Both take the cache as plain tensors, so that graphs can be exported, compiled a
   negative where a token is hidden from all queries.
 * ``tables``, ``geometry``: the layer's constants (:class:`~.constants.LayerConstants`).
 * ``format``: the page layout as a string.
+* ``slopes``: float32 [Hq]; a score changes by ``slope * (key's slot - query's)`` (ALiBi).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor history, Tensor table,"
     " Tensor positions, Tensor[] pages, Tensor sinks, Tensor[] tables, Tensor[] geometry,"
-    " Tensor? sink_logits, float scale, float softcap, int window, bool exact_chunk, str format)"
-    " -> (Tensor, Tensor)"
+    " Tensor? sink_logits, float scale, float softcap, int window, bool exact_chunk, str format,"
+    " Tensor? slopes=None) -> (Tensor, Tensor)"
 )
 
 
@@ -74,10 +75,12 @@ def _attend_impl(
     window: int,
     exact_chunk: bool,
     format: str,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
-    site = _attend.Site(scale, softcap, window, sink_logits)
-    run = _dispatch.attend if _dispatch.use_kernels(query, format) else _attend.attend
+    site = _attend.Site(scale, softcap, window, sink_logits, slopes)
+    kernels = slopes is None and _dispatch.use_kernels(query, format)
+    run = _dispatch.attend if kernels else _attend.attend
     with _precise(query):
         return run(query, key, value, slots, history, cache, site, exact_chunk)
 

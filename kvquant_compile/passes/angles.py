@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,29 +10,13 @@ from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.run import Evaluator
+from kvquant_compile.capture.stand_ins import input_values
 from kvquant_compile.passes.symbolic import Interpreter
 from kvquant_compile.passes.symbols import NotInterpretable
 
 POSITIONS = (1, 2, 3, 17, 1000, 65537, 100_003)
 # Relative error of an angle beyond which the product is not float32 position * frequency.
 ANGLE_TOLERANCE = 1e-6
-
-
-def position_values(captured: Captured, start: int, tokens: int, batch: int) -> dict[fx.Node, Any]:
-    """Values of the placeholders that put ``tokens`` new tokens at positions from ``start``."""
-    device = captured.device
-    if captured.convention == "functional":
-        ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-        return {captured.placeholder("ids"): ids, captured.placeholder("past"): start}
-    positions = torch.arange(start, start + tokens, device=device).repeat(batch, 1)
-    hidden = captured.placeholder("hidden")
-    width = hidden.meta["val"].shape[2]
-    return {
-        captured.placeholder("position_ids"): positions,
-        captured.placeholder("past"): start,
-        # Read for its sizes only.
-        hidden: torch.zeros(batch, tokens, width, dtype=captured.dtype, device=device),
-    }
 
 
 class AngleReader:
@@ -93,7 +76,7 @@ def _elements(interpreter: Interpreter, index: Tensor) -> dict[float, int]:
 
 
 def _angles(captured: Captured, node: fx.Node, position: int) -> np.ndarray:
-    values = position_values(captured, position, 1, 1)
+    values = input_values(captured.graph_module, position, 1, 1)
     with torch.no_grad():
         angle = Evaluator(captured.graph_module, values)(node)
     return np.abs(angle.detach().double().cpu().reshape(-1).numpy())

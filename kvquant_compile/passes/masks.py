@@ -17,7 +17,7 @@ def attend_plan(attend: fx.Node) -> AttendPlan:
     Raises:
         UnsupportedLayerError: its mask is no causal or sliding mask marker.
     """
-    query, _, _, mask, sinks, layer, scaling, softcap, window, causal = attend.args
+    query, _, _, mask, sinks, layer, scaling, softcap, window, causal, *bias = attend.args
     assert isinstance(query, fx.Node)
     return AttendPlan(
         query_heads=int(float_value(query).shape[1]),
@@ -25,6 +25,7 @@ def attend_plan(attend: fx.Node) -> AttendPlan:
         softcap=float(softcap),  # type: ignore[arg-type]
         window=mask_window(mask, causal=bool(causal), window=window, where=f"layer {layer}"),
         sink_logits=sinks is not None,
+        position_bias=bool(bias),
     )
 
 

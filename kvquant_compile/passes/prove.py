@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.run import Evaluator
-from kvquant_compile.passes.angles import AngleReader, position_values
+from kvquant_compile.capture.stand_ins import input_values
+from kvquant_compile.passes.angles import AngleReader
 from kvquant_compile.passes.group_law import POINTS, group_law_residual
 from kvquant_compile.passes.rope_numeric import apply_rope
 from kvquant_compile.passes.rotation import parse_rows, rotation_of
@@ -137,7 +138,7 @@ class Prover:
         generator = torch.Generator().manual_seed(0)
         size = torch.rand(*shape[:3], 1, generator=generator) * 4 + 0.25
         x = (torch.randn(shape, generator=generator) * size).to(self.captured.device, like.dtype)
-        values = position_values(self.captured, _PROBE_START, _PROBE_TOKENS, _PROBE_BATCH)
+        values = input_values(self.captured.graph_module, _PROBE_START, _PROBE_TOKENS, _PROBE_BATCH)
         values[pre] = _from_heads(x, layout)
         with torch.no_grad():
             got = Evaluator(self.captured.graph_module, values)(end).float()

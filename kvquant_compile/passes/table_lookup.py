@@ -18,7 +18,7 @@ from torch import Tensor
 from kvquant_compile.passes.symbols import NotInterpretable, Pool, Symbolic
 
 Column = np.ndarray
-_READS = ("slice", "select", "index", "embedding", "index_select", "narrow")
+_READS = ("slice", "select", "index", "embedding", "index_select", "narrow", "gather")
 # float32 angles n*f of a table with thousands of rows are off by about n * f * 2**-24.
 TABLE_TOLERANCE = 1e-3
 
@@ -47,6 +47,8 @@ class Lookups:
             self._need_position({pool.scalars[i][0] for i in where.index.reshape(-1).tolist()})
             row = self._row(pool, table)
             return Symbolic(row.expand(*where.index.shape, *row.shape))
+        if name == "gather":
+            return self._gathered(pool, table, rest[0] % table.ndim, rest[1])
         if name in ("index", "index_select"):
             raise NotInterpretable(f"a table read by {name} along several axes")
         axis, start = rest[0] % table.ndim, rest[1]
@@ -55,6 +57,14 @@ class Lookups:
             raise NotInterpretable("a table slice that is not the new tokens' rows")
         row = self._row(pool, table.movedim(axis, 0))
         return Symbolic(row if name == "select" else row.unsqueeze(axis))
+
+    def _gathered(self, pool: Pool, table: Tensor, axis: int, where: Symbolic) -> Symbolic:
+        """A gather whose index is the position everywhere, and as wide as the table."""
+        self._need_position({pool.scalars[i][0] for i in where.index.reshape(-1).tolist()})
+        row = self._row(pool, table.movedim(axis, 0)).unsqueeze(axis)
+        if row.shape != where.index.shape:
+            raise NotInterpretable("a table gathered in part")
+        return Symbolic(row)
 
     def _need_position(self, rows: set[Expr]) -> None:
         if rows != {self.position}:

@@ -65,8 +65,6 @@ def _meta():
         (_jamba_like, "Hybrid models"),
         (_dynamic, "cos and sin depend on data"),
         (_meta, "meta device"),
-        (lambda: zoo.tiny("gptj"), "bypasses the attention interface"),
-        (lambda: zoo.tiny("falcon"), "bypasses the attention interface"),
     ],
 )
 def test_models_that_cannot_be_captured_say_why(build, reason):
@@ -75,7 +73,7 @@ def test_models_that_cannot_be_captured_say_why(build, reason):
 
 
 def test_a_refused_model_is_left_as_it_was():
-    model = zoo.tiny("gptj").train()
+    model = _dynamic().train()
     implementation = model.config._attn_implementation
     with pytest.raises(UnsupportedModelError):
         capture(model)

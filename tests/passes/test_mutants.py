@@ -12,7 +12,7 @@ from kvquant_compile.capture import APPEND, Captured
 from kvquant_compile.capture.ops import op_name
 from kvquant_compile.capture.run import Evaluator
 from kvquant_compile.passes import recognise
-from kvquant_compile.passes.angles import position_values
+from kvquant_compile.capture.stand_ins import input_values
 from kvquant_compile.passes.prove import Prover
 from kvquant_compile.passes.taint import rotation_site, taint
 from tests import zoo
@@ -128,7 +128,7 @@ def _matrix(captured: Captured, position: int) -> torch.Tensor:
     pre, end = _region(captured)[0], _key(captured)
     shape = end.meta["val"].shape
     heads, width = shape[1], shape[3]
-    values = position_values(captured, position, 1, width)
+    values = input_values(captured.graph_module, position, 1, width)
     basis = torch.eye(width)[:, None, None, :].expand(width, heads, 1, width)
     first_head = pre.meta["val"].shape[1] == heads
     values[pre] = basis if first_head else basis.transpose(1, 2)

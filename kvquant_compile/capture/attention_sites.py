@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from kvquant_compile.capture.captured import CacheLayout
 from kvquant_compile.capture.edit import SIZE, add_call, add_transpose, later, sort_topologically
 from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
-from kvquant_compile.capture.ops import op_name, origin
-from kvquant_compile.capture.site_meaning import Meaning, Site, understand
+from kvquant_compile.capture.ops import CARRIES, op_name, origin
+from kvquant_compile.capture.site import Site
+from kvquant_compile.capture.site_meaning import Meaning, understand
 from kvquant_compile.errors import UnsupportedLayerError
 
-_PRODUCTS = ("matmul", "bmm", "einsum")
+_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
+# Names of the buffers that hold the slopes of position biases.
+_SLOPES = "kvquant_slopes_"
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,22 @@ class _Inputs:
     past: fx.Node
     batch: fx.Node
     queries: fx.Node
+    padding: fx.Node | None
 
 
-def mark_attention(gm: fx.GraphModule, layout: CacheLayout) -> bool:
+def mark_attention(gm: fx.GraphModule) -> list[Meaning]:
     """Replace every attention over cached keys and values by mask and attend markers.
 
     Returns:
-        Whether some attention had no mask of its own in the traced branch and was taken as
-        causal; comparing with the original has to confirm it then.
+        What each attention means, in the order of the appends.
 
     Raises:
         UnsupportedLayerError: no attention reads a cache, or one of unknown meaning does.
     """
     graph = gm.graph
-    inputs = _sizes(graph)
+    inputs = _inputs(graph)
     masks: dict[int, fx.Node] = {}
-    assumed = False
+    meanings = []
     for append in graph.find_nodes(op="call_function", target=APPEND):
         sites = list(_sites(graph, append))
         if not sites:
@@ -51,22 +53,24 @@ def mark_attention(gm: fx.GraphModule, layout: CacheLayout) -> bool:
             )
         for site in sites:
             meaning = understand(gm, site)
-            assumed |= meaning.mask_assumed
+            meanings.append(meaning)
             if meaning.window not in masks:
                 masks[meaning.window] = _mask(graph, inputs, meaning)
-            _replace(graph, site, meaning, masks[meaning.window])
+            _replace(gm, site, meaning, masks[meaning.window])
     graph.eliminate_dead_code()
     sort_topologically(graph)
     graph.lint()
     gm.recompile()
-    return assumed
+    return meanings
 
 
-def _sizes(graph: fx.Graph) -> _Inputs:
-    ids, past = graph.find_nodes(op="placeholder")
-    batch = add_call(graph, past, SIZE, (ids, 0), ids.meta["val"].shape[0])
-    queries = add_call(graph, batch, SIZE, (ids, 1), ids.meta["val"].shape[1])
-    return _Inputs(past, batch, queries)
+def _inputs(graph: fx.Graph) -> _Inputs:
+    placeholders = {str(n.target): n for n in graph.find_nodes(op="placeholder")}
+    first, past = next(iter(placeholders.values())), placeholders["past"]
+    shape = first.meta["val"].shape
+    batch = add_call(graph, past, SIZE, (first, 0), shape[0])
+    queries = add_call(graph, batch, SIZE, (first, 1), shape[1])
+    return _Inputs(past, batch, queries, placeholders.get("attention_mask"))
 
 
 def _sites(graph: fx.Graph, append: fx.Node) -> Iterator[Site]:
@@ -82,11 +86,33 @@ def _sites(graph: fx.Graph, append: fx.Node) -> Iterator[Site]:
             weights, read = _operands(node)
             query = _query(weights, key) if origin(read) is value else None
             if query is not None:
-                yield Site(layer, node, query, key, value)
+                yield Site(layer, _heads_after(node), _heads_before(query), key, value)
+
+
+def _heads_before(node: fx.Node) -> fx.Node:
+    """The four-dimensional tensor that a query [B * H, S, D] is a view of; else the query."""
+    moved = node
+    while moved.meta["val"].ndim != 4 and op_name(moved) in CARRIES:
+        moved = moved.all_input_nodes[0]
+    return moved if moved.meta["val"].ndim == 4 else node
+
+
+def _heads_after(node: fx.Node) -> fx.Node:
+    """The four-dimensional view of an output [B * H, S, D]; else the output."""
+    moved = node
+    while moved.meta["val"].ndim != 4 and len(moved.users) == 1:
+        user = next(iter(moved.users))
+        if op_name(user) not in CARRIES:
+            break
+        moved = user
+    return moved if moved.meta["val"].ndim == 4 else node
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    operands = node.args[1] if op_name(node) == "einsum" else node.args
+    name = op_name(node)
+    operands = node.args[1] if name == "einsum" else node.args
+    if name == "baddbmm":
+        operands = node.args[1:]
     first, second = operands[:2]  # type: ignore[index,misc]
     return first, second  # type: ignore[return-value]
 
@@ -111,20 +137,34 @@ def _mask(graph: fx.Graph, inputs: _Inputs, meaning: Meaning) -> fx.Node:
     size = inputs.queries.meta["val"]
     like = inputs.batch.args[0].meta["val"]  # type: ignore[union-attr]
     val = like.new_empty(inputs.batch.meta["val"], 1, size, size, dtype=torch.bool)
-    args = (None, inputs.batch, inputs.queries, inputs.past,
+    args = (inputs.padding, inputs.batch, inputs.queries, inputs.past,
             meaning.kind, meaning.window, like.device)  # fmt: skip
     return add_call(graph, inputs.queries, MASK, args, val)
 
 
-def _replace(graph: fx.Graph, site: Site, meaning: Meaning, mask: fx.Node) -> None:
+def _replace(gm: fx.GraphModule, site: Site, meaning: Meaning, mask: fx.Node) -> None:
+    graph = gm.graph
     query = site.query if site.query_layout == "bhsd" else add_transpose(graph, site.query)
     fake, v = query.meta["val"], site.value.meta["val"]
     val = v.new_empty(fake.shape[0], fake.shape[2], fake.shape[1], v.shape[3])
     args = (query, site.key, site.value, mask, None, site.layer,
             meaning.scale, meaning.softcap, meaning.window, True)  # fmt: skip
+    if meaning.slopes:
+        args = (*args, _slopes(gm, site, meaning))
     where = later(graph, query, site.key, site.value, mask)
     attend = add_call(graph, where, ATTEND, args, val)
     attend.meta["stack_trace"] = site.out.meta.get("stack_trace", "")
     result = attend if site.out_layout == "bshd" else add_transpose(graph, attend)
     site.out.replace_all_uses_with(result)
     graph.erase_node(site.out)  # dead code elimination keeps sdpa: it may draw random numbers
+
+
+def _slopes(gm: fx.GraphModule, site: Site, meaning: Meaning) -> fx.Node:
+    """A constant [Hq] float32."""
+    name = f"{_SLOPES}{site.layer}"
+    values = torch.tensor(meaning.slopes, device=site.value.meta["val"].device)
+    gm.register_buffer(name, values, persistent=False)
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        node = gm.graph.get_attr(name)
+    node.meta["val"] = site.value.meta["val"].new_empty(len(meaning.slopes), dtype=torch.float32)
+    return node

@@ -11,20 +11,25 @@ from torch import fx
 from kvquant_compile.capture.captured import CacheLayout
 from kvquant_compile.capture.edit import SIZE, add_call, add_transpose, later, sort_topologically
 from kvquant_compile.capture.markers import APPEND
+from kvquant_compile.capture.ops import CASTS, op_name
 from kvquant_compile.errors import UnsupportedLayerError
 
 
 def mark_appends(gm: fx.GraphModule, layout: CacheLayout) -> None:
     """Replace cache inputs by ``past`` and their concatenations by append markers.
 
-    Afterwards the inputs are (ids, past) and the output is the logits.
+    The graph's inputs are some of its own, the first of which has the axes [B, S], and one for
+    every leaf of the layout; its outputs are a result and the grown leaves. Afterwards ``past``
+    has replaced the leaves, and the result is the only output.
 
     Raises:
         UnsupportedLayerError: a cache tensor grows by something else than one torch.cat, or its
             old content is used by itself.
     """
     graph = gm.graph
-    ids, *leaves = graph.find_nodes(op="placeholder")
+    inputs = list(graph.find_nodes(op="placeholder"))
+    leaves = inputs[-len(layout.leaves) :]
+    own = inputs[: -len(layout.leaves)]
     outputs: Any = graph.output_node().args[0]
     logits, *grown = outputs
     joins = [
@@ -34,8 +39,7 @@ def mark_appends(gm: fx.GraphModule, layout: CacheLayout) -> None:
         )
     ]
     graph.output_node().args = (logits,)
-    ids.target = ids.name = "ids"
-    past = _sizes_from_past(graph, ids, leaves, joins, layout)
+    past = _sizes_from_past(graph, own, leaves, joins, layout)
     for i in range(0, len(joins), 2):
         _append(graph, layout.leaves[i][0], past, joins[i : i + 2], layout.heads_first[i : i + 2])
     sort_topologically(graph)
@@ -59,6 +63,8 @@ def _not_grown(name: tuple[int, str], why: str) -> UnsupportedLayerError:
 
 def _concatenation(name: tuple[int, str], leaf: fx.Node, grown: Any, axis: int) -> fx.Node:
     """The cat node of a cache tensor."""
+    while isinstance(grown, fx.Node) and _keeps_dtype(grown):
+        grown = grown.args[0]
     if isinstance(grown, fx.Node) and grown.target is torch.ops.aten.cat.default:
         parts, where, *_ = (*grown.args, 0)
         two = isinstance(parts, (list, tuple)) and len(parts) == 2 and parts[0] is leaf
@@ -67,26 +73,34 @@ def _concatenation(name: tuple[int, str], leaf: fx.Node, grown: Any, axis: int) 
     raise _not_grown(name, f"its new content is {grown}, not torch.cat([past, new], {axis})")
 
 
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Whether a node is a cast to the dtype that its input has."""
+    source = node.args[0] if node.args else None
+    cast = isinstance(source, fx.Node) and op_name(node) in CASTS
+    return cast and bool(node.meta["val"].dtype == source.meta["val"].dtype)  # type: ignore[union-attr]
+
+
 def _sizes_from_past(
     graph: fx.Graph,
-    ids: fx.Node,
+    own: list[fx.Node],
     leaves: list[fx.Node],
     joins: list[fx.Node],
     layout: CacheLayout,
 ) -> fx.Node:
-    """Add the ``past`` input and express every size of a cache tensor by it and by ids."""
+    """Add the ``past`` input and express every size of a cache tensor by it and by [B, S]."""
     axis = 2 if layout.heads_first[0] else 1
-    with graph.inserting_after(ids):
+    first = own[0]
+    with graph.inserting_after(own[-1]):
         past = graph.placeholder("past")
     past.meta["val"] = leaves[0].meta["val"].shape[axis]
-    batch = add_call(graph, past, SIZE, (ids, 0), ids.meta["val"].shape[0])
-    new = add_call(graph, batch, SIZE, (ids, 1), ids.meta["val"].shape[1])
+    batch = add_call(graph, past, SIZE, (first, 0), first.meta["val"].shape[0])
+    new = add_call(graph, batch, SIZE, (first, 1), first.meta["val"].shape[1])
     total = add_call(graph, new, operator.add, (past, new), past.meta["val"] + new.meta["val"])
     for nodes, length in ((leaves, past), (joins, total)):
-        for node, first in zip(nodes, layout.heads_first, strict=True):
+        for node, heads_first in zip(nodes, layout.heads_first, strict=True):
             for user in [u for u in node.users if u.target is SIZE]:
                 at = user.args[1]
-                if at == 0 or at == (2 if first else 1):
+                if at == 0 or at == (2 if heads_first else 1):
                     user.replace_all_uses_with(batch if at == 0 else length)
     return past
 

@@ -1,0 +1,1 @@
+"""Tiny random models of every causal-LM type of the installed transformers."""
