@@ -32,13 +32,17 @@ def main(target: str, tokens: str, bits: str, dim: str) -> None:
     width, size = int(bits), int(dim)
     layout = PageLayout(CodecSpec(width, width, 1, 1, True, 1), 8, size, size, 2)
     kernel = append_kernel(AppendSpec(layout, int(tokens), 1, True, True, False))
+    pointers = POINTERS
+    if tokens == "1":
+        pointers = {**POINTERS, "key_feedback": "*i32", "value_feedback": "*i32"}
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        kind = "constexpr" if name.isupper() else POINTERS.get(name, "i32")
+        kind = "constexpr" if name.isupper() else pointers.get(name, "i32")
         signature[name] = "*i16" if kind == "*fp32" and "levels" in name and width > 4 else kind
         if kind.startswith("*") or name == "page_bytes":
             aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs={"FUSED": True}, attrs=aligned)
+    constants = {"FUSED": True, "NATIVE": backend == "cuda"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=gpu, options=options(int(tokens)))
     print(f"{target}: shared {compiled.metadata.shared} B")
     if backend == "cuda":

@@ -16,7 +16,7 @@ from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.lowering.triton.append_constants import append_constants
 from kvquant_compile.lowering.triton.append_source import AppendSpec, append_source
-from kvquant_compile.lowering.triton.compat import interpreting, launch_options
+from kvquant_compile.lowering.triton.compat import interpreting, launch_options, native
 from kvquant_compile.lowering.triton.module import load
 from kvquant_compile.lowering.triton.prepared import page_addresses
 
@@ -51,13 +51,18 @@ def append(
     scratch = torch.empty(
         2 * groups * batch * heads * spec.scratch_bytes, dtype=torch.uint8, device=key.device
     )
+    moves = (
+        (constants.key_feedback_words, constants.value_feedback_words)
+        if steps == 1
+        else (constants.key_feedback, constants.value_feedback)
+    )
     key, value = _channels_last(key), _channels_last(value)
     append_kernel(spec)[grid](
         key, value, sinks, *_places(slots), table, page_addresses(pages), scratch, order,
-        constants.key_channels, constants.key_rows, constants.key_levels, constants.key_feedback,
-        constants.value_channels, constants.value_levels, constants.value_feedback,
+        constants.key_channels, constants.key_rows, constants.key_levels, moves[0],
+        constants.value_channels, constants.value_levels, moves[1],
         heads, steps, table.shape[1], table.stride(0), layout.page_bytes,
-        *key.stride()[:3], *value.stride()[:3], not interpreting(),
+        *key.stride()[:3], *value.stride()[:3], not interpreting(), native(),
         **options(tokens),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from kvquant_compile.codec.keys import channel_importance
 from kvquant_compile.codec.nuq import COUNTED_LEVELS, cell_codes
 from kvquant_compile.codec.spec import LayerTables
 from kvquant_compile.lowering.triton.quantise_emit import channel_width
+from kvquant_compile.lowering.triton.quantise_single import LANES
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,9 @@ class AppendConstants:
         key_levels, value_levels: float32 [H, 2, L], midpoints and levels, up to 4 bits; above,
             int16 [H, 2, 512], code and level of every cell.
         key_feedback, value_feedback: float16 [H, 16 * stages, W]; empty where nothing is fed back.
+        key_feedback_words, value_feedback_words: the same as int8 in units of 1 / 64, int32
+            [H, stages - 1, W / 32, 32, 4]: what channel ``32 j + lane`` gets from four channels
+            of a stage is a word.
     """
 
     key_channels: Tensor
@@ -35,6 +39,8 @@ class AppendConstants:
     value_levels: Tensor
     key_feedback: Tensor
     value_feedback: Tensor
+    key_feedback_words: Tensor
+    value_feedback_words: Tensor
 
 
 _KNOWN = WeakIdKeyDictionary()
@@ -64,6 +70,8 @@ def _prepare(tables: LayerTables) -> AppendConstants:
         _levels(tables.value_table),
         _feedback(tables.key_feedback),
         _feedback(tables.value_feedback),
+        _feedback_words(tables.key_feedback),
+        _feedback_words(tables.value_feedback),
     )
 
 
@@ -83,11 +91,25 @@ def _levels(table: Tensor) -> Tensor:
 
 
 def _feedback(matrix: Tensor) -> Tensor:
-    """Only later stages are moved: what else a matrix may hold is left out."""
+    return (_moves(matrix).float() / UNITS).to(torch.float16)
+
+
+def _feedback_words(matrix: Tensor) -> Tensor:
     if matrix.numel() == 0:
-        return matrix.to(torch.float16)
+        return matrix.to(torch.int32)
+    moves = _moves(matrix)
+    moves = moves.view(moves.shape[0], -1, 4, 4, moves.shape[-1] // LANES, LANES)
+    words = moves[:, :-1].permute(0, 1, 4, 5, 2, 3)
+    return words.clone(memory_format=torch.contiguous_format).view(torch.int32)[..., 0]
+
+
+def _moves(matrix: Tensor) -> Tensor:
+    """int8 [H, 16 * stages, W]. Only later stages are moved: what else a matrix may hold is left
+    out."""
+    if matrix.numel() == 0:
+        return matrix
     dim = matrix.shape[-1]
     stage = torch.arange(dim, device=matrix.device) // STAGE_CHANNELS
-    moves = _widened(matrix.float() / UNITS * (stage[:, None] < stage))
-    rows = -dim % STAGE_CHANNELS
-    return torch.nn.functional.pad(moves, (0, 0, 0, rows)).to(torch.float16).contiguous()
+    moves = matrix * (stage[:, None] < stage)
+    padding = (0, channel_width(dim) - dim, 0, -dim % STAGE_CHANNELS)
+    return torch.nn.functional.pad(moves, padding).contiguous()

@@ -18,17 +18,19 @@ from kvquant_compile.lowering.triton.quantise_values import quantise_values
 
 PACKAGE = "kvquant_compile.lowering.triton"
 IMPORTS = {
-    "append_store": "set_codes, set_slot",
+    "append_store": "packed, set_codes, set_slot, token_codes",
     "quantise_steps": (
-        "FLOAT16_MAX, cell, clamped, finite, first_of, from_order_key, on_grid, order_key,"
-        " ordered_pair, picked, quotient, row_sum, score_bits, spread, stage_of, to_half"
+        "FLOAT16_MAX, cell, clamped, code_bytes, dot_errors, error_steps, finite, first_of,"
+        " from_lane, from_order_key, on_grid, opaque, order_key, ordered_pair, picked, quotient,"
+        " row_sum, score_bits, spread, stage_of, to_half"
     ),
 }
 ARGUMENTS = (
     "key, value, sinks, starts, counts, inverse, table, addresses, scratch, order,"
     " key_channels, key_rows, key_levels, key_feedback, value_channels, value_levels,"
     " value_feedback, heads, steps, columns, table_row, page_bytes,"
-    " key_batch, key_head, key_step, value_batch, value_head, value_step, FUSED: tl.constexpr"
+    " key_batch, key_head, key_step, value_batch, value_head, value_step, FUSED: tl.constexpr,"
+    " NATIVE: tl.constexpr"
 )
 
 
@@ -85,8 +87,8 @@ class AppendSpec:
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes of codes of one program."""
-        return self.tokens * max(self.key.width, self.value.width)
+        """Bytes of codes of one program; a single token's stay in registers."""
+        return 0 if self.tokens == 1 else self.tokens * max(self.key.width, self.value.width)
 
 
 def append_source(spec: AppendSpec) -> str:
@@ -104,13 +106,21 @@ def append_source(spec: AppendSpec) -> str:
     out("@triton.jit")
     with out.block(f"def {spec.name}({ARGUMENTS}):"):
         _places(out, spec)
-        with out.block("if used:"):
-            _page(out, spec)
-            with out.block("if tl.program_id(2) == 0:"):
-                _half(out, spec, spec.key, "order, key_channels, key_rows, key_levels")
-            with out.block("else:"):
-                _half(out, spec, spec.value, "value_channels, value_levels")
+        if spec.tokens == 1:
+            _both(out, spec)
+        else:
+            with out.block("if used:"):
+                _both(out, spec)
     return out.text()
+
+
+def _both(out: Source, spec: AppendSpec) -> None:
+    """Keys in one half of the programs, values in the other."""
+    _page(out, spec)
+    with out.block("if tl.program_id(2) == 0:"):
+        _half(out, spec, spec.key, "order, key_channels, key_rows, key_levels")
+    with out.block("else:"):
+        _half(out, spec, spec.value, "value_channels, value_levels")
 
 
 def _places(out: Source, spec: AppendSpec) -> None:
@@ -118,7 +128,7 @@ def _places(out: Source, spec: AppendSpec) -> None:
     out("line = tl.program_id(1)", "row, head = line // heads, line % heads")
     if spec.tokens == 1:
         out("slot = tl.load(starts + row)", "used = slot >= 0", "page = slot // 64")
-        out("first, count, part = slot % 64, 1, slot % 32 // 8")
+        out("first = slot % 64")
         return
     out("start, count = tl.load(starts + row), tl.load(counts + row)")
     out("page = start // 64 + tl.program_id(0) // 4", "part = tl.program_id(0) % 4")
@@ -127,12 +137,13 @@ def _places(out: Source, spec: AppendSpec) -> None:
 
 def _page(out: Source, spec: AppendSpec) -> None:
     """The page's address, and ``token``, ``step``, ``live`` and ``exact`` of the rows [T, 1]."""
-    out("identity = tl.load(table + row * table_row + tl.minimum(page, columns - 1))")
-    out("address = tl.load(addresses + identity) + head.to(tl.int64) * page_bytes")
+    out("table_at = table + row * table_row + tl.minimum(page, columns - 1)")
+    out("head_bytes = head.to(tl.int64) * page_bytes")
     out(f"i = tl.arange(0, {spec.tokens})[:, None]")
     if spec.tokens == 1:
-        out("token, step, live = i + first, i, i >= 0")
+        out("token, step, live = i + first, i, i + slot >= 0")
     else:
+        out("address = tl.load(addresses + tl.load(table_at)) + head_bytes")
         out("token = i // 8 * 32 + 8 * part + i % 8", "rank = token - first")
         out("live = (rank >= 0) & (rank < count)")
         out("step = tl.load(inverse + row * steps + rank, mask=live, other=0)")
@@ -142,6 +153,8 @@ def _page(out: Source, spec: AppendSpec) -> None:
         out(f"sink_row = sinks + (line.to(tl.int64) * {spec.sinks} + 64 * page + token) * {width}")
     else:
         out("exact, sink_row = live, sinks")
+    if spec.tokens == 1:
+        return
     out("lane = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + line")
     out("program = lane * tl.num_programs(0) + tl.program_id(0)")
     out(f"codes = scratch + program * {spec.scratch_bytes}")
@@ -154,9 +167,14 @@ def _half(out: Source, spec: AppendSpec, half: Half, constants: str) -> None:
     out(f"at = {name} + {line} + step.to(tl.int64) * {name}_step")
     out(f"sink_at = sink_row + {0 if name == 'key' else spec.key.dim}")
     scale = at["key_token_scale" if name == "key" else "value_scale_zero"]
+    where = f"codes + i * {half.width}, address, token"
+    if spec.tokens == 1:
+        where = f"slot, table_at, addresses, head_bytes, token, {at[f'{name}_codes'] // 4}"
     out(f"quantise_{name}s(at, sink_at, live, exact, head, {constants}, {name}_feedback,"
-        f" codes + i * {half.width}, address, token,"
-        f" {at[f'{name}_slot_index']}, {at[f'{name}_slot_residual']}, {scale}, FUSED)")  # fmt: skip
+        f" {where}, {at[f'{name}_slot_index']}, {at[f'{name}_slot_residual']}, {scale}, FUSED,"
+        " NATIVE)")  # fmt: skip
+    if spec.tokens == 1:
+        return
     out("tl.debug_barrier()")
     words = CodeWords(name, at[f"{name}_codes"], half.bits, padded(half.dim) // 8)
     groups = words.sections * words.per_lane // words.bits

@@ -10,7 +10,7 @@ from kvquant_compile.lowering.triton.quantise_steps import to_half
 
 
 @triton.jit
-def _packed(s0, s1, s2, s3, BITS: tl.constexpr, WORD: tl.constexpr):
+def packed(s0, s1, s2, s3, BITS: tl.constexpr, WORD: tl.constexpr):
     """Word ``WORD`` of four selectors of codes below ``2**BITS``; see ``codec.fragments``."""
     if BITS == 4:
         return s0 if WORD == 0 else (s1 if WORD == 1 else (s2 if WORD == 2 else s3))
@@ -35,9 +35,9 @@ def _set_words(
     for i in tl.static_range(BITS):
         k = group * ALL_BITS + FIRST + i
         at = section * (32 * PER_LANE) + k // WIDTH * (32 * WIDTH) + lane * WIDTH + k % WIDTH
-        mask = _packed(m0, m1, m2, m3, BITS, i)
+        mask = packed(m0, m1, m2, m3, BITS, i)
         old = tl.load(words + at, mask=inside, other=0)
-        fresh = _packed(s0, s1, s2, s3, BITS, i)
+        fresh = packed(s0, s1, s2, s3, BITS, i)
         tl.store(words + at, (old & ~mask) | fresh, mask=inside & (mask != 0))
 
 
@@ -121,3 +121,43 @@ def set_slot(
     tl.store(to, channel.to(tl.uint8), mask=live)
     to = page_byte.to(tl.pointer_type(tl.float16)) + RESIDUAL // 2 + 64 * SLOT + token
     tl.store(to, to_half(residual), mask=live)
+
+
+@triton.jit
+def token_codes(
+    codes, first, row, section, index,
+    KEYS: tl.constexpr, SELECTORS: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """What the token ``first`` of a page has in selectors: low and high nibbles, and a 1 in each
+    nibble that is its. ``codes`` as ``code_bytes`` leaves them, the others [N] lanes."""
+    pairs: tl.constexpr = 4 * SELECTORS
+    per_tile: tl.constexpr = SELECTORS // 2
+    last: tl.constexpr = 4 * codes.shape[0] - 1
+    chunk = section if APART else index // SELECTORS
+    selector = index if APART else index % SELECTORS
+    tile = selector // per_tile if KEYS else selector % 2
+    fresh = (chunk == first // 32) & (tile == first % 4 // 2)
+    low = row * 0
+    high, ones = low, low
+    for i in tl.static_range(4 if KEYS else 2):
+        if KEYS:
+            kh, kl = i // 2, i % 2
+            piece = selector % per_tile
+            channel = piece % 2 * pairs + 16 * (piece // 2) + 8 * kh + 2 * row + kl
+            tail = kh * pairs + 16 * (pairs // 16) + 2 * row + kl
+            channel = tl.where(piece >= 2 * (pairs // 16), tail, channel)
+        else:
+            channel = row * SELECTORS + 2 * (selector // 2) + i
+        nibble = 4 * i if KEYS else 16 * i
+        channel = channel & last
+        word = tl.gather(codes, channel // 128 * 32 + channel % 32, 0)
+        code = (word >> (channel % 128 // 32 * 8)) & 0xFF
+        low |= (code & 15) << nibble
+        high |= (code >> 4) << nibble
+        ones |= 1 << nibble
+    shift = first % 2 * 16 if KEYS else first % 8 // 4 * 8 + first % 2 * 4
+    return (
+        tl.where(fresh, low, 0) << shift,
+        tl.where(fresh, high, 0) << shift,
+        tl.where(fresh, ones, 0) << shift,
+    )

@@ -10,10 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvquant_compile.codec.feedback import STAGE_CHANNELS
-from kvquant_compile.lowering.triton.emit import Source
+from kvquant_compile.codec.layout import padded
+from kvquant_compile.lowering.triton.append_word import load_words, store_words
+from kvquant_compile.lowering.triton.emit import CodeWords, Source
+from kvquant_compile.lowering.triton.quantise_single import LANES, feed_back, load_feedback
 
 COUNTED_BITS = 4
-PLACES = "INDEX: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, FUSED: tl.constexpr"
+PLACES = (
+    "INDEX: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, FUSED: tl.constexpr,"
+    " NATIVE: tl.constexpr"
+)
 _SORTING = {
     2: [(0, 1)],
     3: [(0, 1), (1, 2), (0, 1)],
@@ -55,11 +61,49 @@ class Half:
 
     def column(self) -> str:
         """Channels in a variable's full shape: what is loaded in another shape changes lanes."""
-        return f"c = tl.arange(0, {self.width})[None, :] + tl.zeros([{self.tokens}, 1], tl.int32)"
+        every = f"tl.arange(0, {self.width})"
+        if self.tokens == 1:  # Four neighbours would be loaded at once, and end up in one lane.
+            return f"c = opaque({every}, NATIVE)[None, :]"
+        return f"c = {every}[None, :] + tl.zeros([{self.tokens}, 1], tl.int32)"
 
     def constant(self, index: int) -> str:
-        """Load of a channel constant."""
+        """A channel constant: loaded where it is needed or, of one token, before anything else."""
+        return f"constant{index}" if self.tokens == 1 else self._load_constant(index)
+
+    def load_early(self, out: Source, constants: int) -> None:
+        """What a program of one token loads before anything else, then its page's number."""
+        if self.tokens > 1:
+            return
+        out(*(f"constant{i} = {self._load_constant(i)}" for i in range(constants)))
+        if self.feedback:
+            load_feedback(out, self.stages, self.width // LANES)
+        out("one = tl.arange(0, 1)", "used, first = slot + one >= 0, slot % 64")
+        out("identity = tl.load(table_at + one, mask=used, other=0)")
+
+    def load_address(self, out: Source) -> None:
+        """The page's address, where a program of one token has computed for a while."""
+        if self.tokens == 1:
+            out("page_byte = tl.load(addresses + identity, mask=used, other=0) + head_bytes")
+
+    def load_words(self, out: Source) -> None:
+        """The words to be changed, where a program of one token knows its page's address."""
+        if self.tokens == 1:
+            load_words(out, self._words, "page_byte.to(tl.pointer_type(tl.int32)) + WORDS")
+
+    @property
+    def _words(self) -> CodeWords:
+        return CodeWords(self.name, 0, self.bits, padded(self.dim) // 8)
+
+    def _load_constant(self, index: int) -> str:
         return f"tl.load(channels + {index * self.width} + c)"
+
+    @property
+    def arguments(self) -> str:
+        """Of the quantiser's function: where a page and its codes are, and constants."""
+        where = "codes, page_byte, token"
+        if self.tokens == 1:
+            where = "slot, table_at, addresses, head_bytes, token, WORDS: tl.constexpr"
+        return f"{where}, {PLACES}"
 
     def level(self, x: str) -> str:
         """Expression of the nearest level."""
@@ -84,9 +128,7 @@ class Half:
                 if self.bits > COUNTED_BITS:
                     out(f"return tl.load(levels + {first} + cell(x)).to({dtype})")
                 elif kind == "level":
-                    out("level = tl.where(x >= m1, l1, l0)")
-                    out(*(f"level = tl.where(x >= m{i}, l{i}, level)" for i in range(2, count)))
-                    out("return level")
+                    out(f"return {_nearest(0, count)}")
                 else:
                     out("code = (x >= m1).to(tl.int32)")
                     out(*(f"code += (x >= m{i}).to(tl.int32)" for i in range(2, count)))
@@ -130,7 +172,9 @@ class Half:
             index: the slots' channels [T, 1].
             dense: expression of what is left of a token, given ``level``.
         """
-        if self.feedback:
+        if self.tokens == 1:
+            self._encode_one(out, index)
+        elif self.feedback:
             self._stages(out, index)
         else:
             out(f"tl.store(codes + c, {self._known('c', self.code('x'))})")
@@ -162,12 +206,28 @@ class Half:
             out(*(f"missed = tl.where(channel == {name}, 0.0, missed)" for name in index))
             if index:
                 out(f"level = tl.where(here, spread(chosen, {self.width}), level)")
-            if self.tokens == 1:
-                out("moved += tl.sum(missed.reshape([16, 1]) * tile.to(tl.float32), 0)[None, :]")
-            else:
-                out("moved = tl.dot(missed.to(tl.float16), tile, moved)")
+            out("moved = tl.dot(missed.to(tl.float16), tile, moved)")
+
+    def _encode_one(self, out: Source, index: Sequence[str]) -> None:
+        """``codes`` of the only token as bytes; ``level`` becomes the levels chosen."""
+        wanted = "x"
+        if self.feedback:
+            feed_back(out, self.stages, self.width // LANES, index, self.level("near"))
+            wanted = "wanted"
+        if index:
+            out(f"level = {self.level(wanted)}")
+        out(f"codes = code_bytes({self._known('c', self.code(wanted))}, {self.width // LANES})")
+        store_words(out, self._words)
+
+
+def _nearest(first: int, last: int) -> str:
+    """Expression of the nearest of the levels ``first .. last - 1``, by halves."""
+    if last - first == 1:
+        return f"l{first}"
+    middle = (first + last) // 2
+    return f"tl.where(x >= m{middle}, {_nearest(middle, last)}, {_nearest(first, middle)})"
 
 
 def channel_width(dim: int) -> int:
-    """Channels of a variable that holds ``dim``: a power of two, at least a stage."""
-    return max(STAGE_CHANNELS, 1 << (dim - 1).bit_length())
+    """Channels of a variable that holds ``dim``: a power of two, at least one a lane."""
+    return max(LANES, 1 << (dim - 1).bit_length())

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from kvquant_compile.lowering.triton.emit import Source
-from kvquant_compile.lowering.triton.quantise_emit import PLACES, Half
+from kvquant_compile.lowering.triton.quantise_emit import Half
 
-ARGUMENTS = (
-    "at, sink_at, live, exact, head, order, channels, rows, levels, feedback, codes, page_byte,"
-    " token"
-)
+ARGUMENTS = "at, sink_at, live, exact, head, order, channels, rows, levels, feedback"
 
 
 def quantise_keys(out: Source, half: Half, token_scale: bool, reorder: bool, sinks: bool) -> None:
@@ -23,20 +20,23 @@ def quantise_keys(out: Source, half: Half, token_scale: bool, reorder: bool, sin
     """
     half.define_nearest(out)
     out("@triton.jit")
-    with out.block(f"def quantise_keys({ARGUMENTS}, {PLACES}):"):
+    with out.block(f"def quantise_keys({ARGUMENTS}, {half.arguments}):"):
         out(half.column(), f"channels += head * {5 * half.width}")
         _load(out, half, reorder)
+        half.load_levels(out)
+        half.load_early(out, 5)
         if sinks:
             kept = "exact" if half.dim == half.width else f"exact & (c < {half.dim})"
             out(f"tl.store(sink_at + c, k.to(sink_at.dtype.element_ty), mask={kept})")
-        half.load_levels(out)
         out(f"scale = {half.constant(0)}", f"zero = {half.constant(2)}")
         out(f"x = quotient(k, scale, {half.constant(1)}, FUSED) - zero")
+        half.load_address(out)
         if token_scale:
             _token_scale(out, half)
             out("place = page_byte.to(tl.pointer_type(tl.float16)) + SCALE // 2 + token")
             out("tl.store(place, token_scale, mask=live)")
             out("a = token_scale.to(tl.float32)", "x = quotient(x, a, tl.div_rn(1.0, a), FUSED)")
+        half.load_words(out)
         level = "level * a" if token_scale else "level"
         residual = f"k - ({level} + zero) * scale"
         if half.slots:

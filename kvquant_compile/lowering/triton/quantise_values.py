@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from kvquant_compile.codec.spec import table_limit
 from kvquant_compile.lowering.triton.emit import Source
-from kvquant_compile.lowering.triton.quantise_emit import PLACES, Half
+from kvquant_compile.lowering.triton.quantise_emit import Half
 
-ARGUMENTS = "at, sink_at, live, exact, head, channels, levels, feedback, codes, page_byte, token"
+ARGUMENTS = "at, sink_at, live, exact, head, channels, levels, feedback"
 
 
 def quantise_values(out: Source, half: Half, sinks: bool) -> None:
     """Write ``quantise_values``, which leaves codes in ``codes`` and the rest in the page."""
     half.define_nearest(out)
     out("@triton.jit")
-    with out.block(f"def quantise_values({ARGUMENTS}, {PLACES}):"):
+    with out.block(f"def quantise_values({ARGUMENTS}, {half.arguments}):"):
         out(half.column(), f"channels += head * {3 * half.width}")
         known = "" if half.dim == half.width else f" & (c < {half.dim})"
         out(f"v = tl.load(at + c, mask=live{known}, other=0.0).to(tl.float32)")
+        half.load_levels(out)
+        half.load_early(out, 3)
         if sinks:
             out(f"tl.store(sink_at + c, v.to(sink_at.dtype.element_ty), mask=exact{known})")
-        half.load_levels(out)
         out(f"u = quotient(v - {half.constant(2)}, {half.constant(0)}, {half.constant(1)}, FUSED)")
+        half.load_address(out)
         _range(out, half)
         out("low = clamped(low, -FLOAT16_MAX, FLOAT16_MAX)")
         out("high = clamped(high, -FLOAT16_MAX, FLOAT16_MAX)")
@@ -31,6 +33,7 @@ def quantise_values(out: Source, half: Half, sinks: bool) -> None:
         out("a, z = scale.to(tl.float32), zero.to(tl.float32)")
         out("step = tl.where(a == 0.0, 1.0, a)")
         out("x = quotient(u - z, step, tl.div_rn(1.0, step), FUSED)")
+        half.load_words(out)
         index = half.largest(out, f"tl.abs(x - {half.level('x')})", "i")
         half.sort(out, index)
         half.encode(out, index, "u - (level * a + z)")
