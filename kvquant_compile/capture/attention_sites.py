@@ -147,10 +147,9 @@ def _replace(gm: fx.GraphModule, site: Site, meaning: Meaning, mask: fx.Node) ->
     query = site.query if site.query_layout == "bhsd" else add_transpose(graph, site.query)
     fake, v = query.meta["val"], site.value.meta["val"]
     val = v.new_empty(fake.shape[0], fake.shape[2], fake.shape[1], v.shape[3])
+    bias = [_slopes(gm, site, meaning)] if meaning.slopes else []
     args = (query, site.key, site.value, mask, None, site.layer,
-            meaning.scale, meaning.softcap, meaning.window, True)  # fmt: skip
-    if meaning.slopes:
-        args = (*args, _slopes(gm, site, meaning))
+            meaning.scale, meaning.softcap, meaning.window, True, *bias)  # fmt: skip
     where = later(graph, query, site.key, site.value, mask)
     attend = add_call(graph, where, ATTEND, args, val)
     attend.meta["stack_trace"] = site.out.meta.get("stack_trace", "")

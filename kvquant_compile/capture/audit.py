@@ -23,7 +23,7 @@ def audit_firings(name: str, seen: Firings) -> None:
             " of another kind",
             do="Use a decoder-only language model with a key-value cache.",
         )
-    for kind in seen.masks:
+    for kind in (seen.masks[i] for i in sorted(seen.attended)):
         if kind.looks_ahead:
             raise UnsupportedModelError(
                 f"{name} cannot be captured",

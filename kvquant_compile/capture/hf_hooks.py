@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
 from kvquant_compile.capture.mask_kind import MaskKind, mask_kind
@@ -35,11 +40,21 @@ _HARMLESS = frozenset(
 
 @dataclass
 class Firings:
-    """What the markers saw during one run of the model; masks are classified in eager runs."""
+    """What the markers saw during one run of the model; masks are classified in eager runs.
+
+    Attributes:
+        appends, attends: how often each fired.
+        masks: what every mask means, attended with or not; models make some that they never use.
+        made: the masks themselves, in an eager run.
+        attended: places in ``masks`` of those that an attention was given.
+        replaying, replayed: while tracing, the place of the next answer in ``masks``.
+    """
 
     appends: int = 0
     attends: int = 0
     masks: list[MaskKind] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+    attended: set[int] = field(default_factory=set)
     replaying: bool = False
     replayed: int = 0
 
@@ -76,6 +91,8 @@ def capture_cache(config: Any, past: int, seen: Firings) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DummyLayer):  # attends to another layer's cache, or to none
+            continue
         if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:
             raise UnsupportedModelError(
                 "the model cannot be captured",
@@ -110,11 +127,20 @@ def _attention_marker(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     _active.attends += 1
+    _note_mask(attention_mask)
     out = ATTEND(
         query, key, value, attention_mask, sinks, layer,
         float(scale), float(softcap or 0.0), int(window or 0), bool(causal),
     )  # fmt: skip
     return out, None
+
+
+def _note_mask(mask: Tensor | None) -> None:
+    """Remember which masks are attended with; all of them where a model has changed one."""
+    if mask is None or _active.replaying:
+        return
+    places = [i for i, made in enumerate(_active.made) if made is mask]
+    _active.attended.update(places or range(len(_active.masks)))
 
 
 def _refuse_unknown(
@@ -145,9 +171,12 @@ def _mask_marker(
 ) -> Tensor:
     kind = _next_kind(mask_function)
     past = kv_length - q_length
-    return MASK(
+    mask = MASK(
         attention_mask, batch_size, q_length, past, kind.kind, kind.window, torch.device(device)
     )
+    if not _active.replaying:
+        _active.made.append(mask)
+    return mask
 
 
 def _next_kind(function: Callable[..., Tensor]) -> MaskKind:

@@ -97,7 +97,7 @@ def _examine(model_type: str, model: PreTrainedModel, expected: torch.Tensor | N
 
 def _rope(plan: Any) -> str:
     if plan.rope is None:
-        return plan.refusal and "after RoPE" or "none"
+        return "after RoPE" if plan.refusal else "none"
     return f"{plan.rope.pairing} {2 * len(plan.rope.in_pairs)}/{plan.rope.width}"
 
 

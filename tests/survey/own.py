@@ -44,7 +44,9 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 32, "mamba_d_state": 8, "num_key_value_heads": 4, "hidden_size": 128, "layers_block_type": ["linear_attention", "hybrid"], "num_attention_heads": 4},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 32, "mamba_d_state": 8, "hidden_size": 128,
+               "num_key_value_heads": 4, "num_attention_heads": 4,
+               "layers_block_type": ["linear_attention", "hybrid"]},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"],
               "num_hidden_layers": 3, "attention_hidden_size": 128, "attention_head_dim": 32},
 }  # fmt: skip
