@@ -86,7 +86,7 @@ def attend(
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
         EXACT=exact_chunk, SINKS=cache.sinks.shape[2], LOGITS=logits is not None,
         ONE_SLAB=one_slab,
-        num_warps=spec.warps, **_registers(spec),
+        num_warps=spec.warps, maxnreg=register_limit(spec),
     )  # fmt: skip
     return output, lse
 
@@ -99,10 +99,10 @@ def programs_per_multiprocessor(spec: HopperSpec) -> int:
     return max(1, min(by_memory, by_registers))
 
 
-def _registers(spec: HopperSpec) -> dict[str, int]:
-    """The register limit under which that many programs are resident."""
+def register_limit(spec: HopperSpec) -> int:
+    """Registers a thread may have so that that many programs are resident."""
     limit = 65536 // (32 * spec.warps * programs_per_multiprocessor(spec)) // 8 * 8
-    return {"maxnreg": min(255, limit)}
+    return min(255, limit)
 
 
 def split_count(spec: HopperSpec, programs: int, pages: int, device: torch.device) -> int:
