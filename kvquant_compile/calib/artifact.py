@@ -21,7 +21,7 @@ from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.errors import ArtifactError
 from kvquant_compile.passes.recognise import MatchedLayer
 
-KIND, VERSION = "kvquant_compile tables", "1"
+KIND, VERSION = "kvquant_compile tables", "2"  # 2: key_feedback in pair order
 _REDO = "Calibrate again with kvquant_compile.optimize and save the artifact anew."
 
 

@@ -168,6 +168,7 @@ def fit_tables(
                 spec,
                 options.fit,
                 ignore=seen.places < spec.sink_tokens,
+                rope=plan.rope,
             )
     return tables
 

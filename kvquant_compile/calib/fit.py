@@ -12,11 +12,13 @@ from kvquant_compile.calib.observe import Observed
 from kvquant_compile.calib.settings import FitSettings
 from kvquant_compile.codec.algebra.base import Sample
 from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables
+from kvquant_compile.codec.order import gather_index, key_order
 from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.errors import CalibrationError
-from kvquant_compile.plan import LayerPlan
+from kvquant_compile.plan import LayerPlan, RopeSpec
 
 MIN_TOKENS = 16
+_PER_CHANNEL = ("key_scale", "key_zero", "key_weight")
 
 
 def fit_layer(
@@ -27,6 +29,7 @@ def fit_layer(
     spec: CodecSpec,
     settings: FitSettings | None = None,
     ignore: Tensor | None = None,
+    rope: RopeSpec | None = None,
 ) -> LayerTables:
     """Fit all constants of a layer. Deterministic.
 
@@ -36,6 +39,7 @@ def fit_layer(
         spec: the layer's format.
         settings: ingredients; the defaults when None.
         ignore: bool [N], tokens to leave out (attention sinks, padding).
+        rope: the keys' rotation, which settles the order that pages store their channels in.
 
     Raises:
         CalibrationError: too few tokens, or values that are not finite.
@@ -47,8 +51,27 @@ def fit_layer(
     _check_finite(keys, values)
     if settings.published:
         return fit_published(keys, values, key_grad, value_grad, spec)
-    key_part = fit_keys(keys, key_grad, spec, settings)
+    key_part = _fit_keys_in_order(keys, key_grad, spec, settings, rope)
     return LayerTables(**key_part, **fit_values(values, value_grad, spec, settings))
+
+
+def _fit_keys_in_order(
+    keys: Tensor,
+    grad: Tensor | None,
+    spec: CodecSpec,
+    settings: FitSettings,
+    rope: RopeSpec | None,
+) -> dict[str, Tensor]:
+    """Key constants fitted in pair order; what is per channel goes back to the model's order."""
+    dim = keys.shape[-1]
+    order = key_order(rope, dim)
+    real = torch.tensor([channel for channel in order if channel >= 0], device=keys.device)
+    place = iter(range(dim))
+    padding = gather_index([-1 if channel < 0 else next(place) for channel in order], dim)
+    grad = None if grad is None else grad[..., real]
+    fitted = fit_keys(keys[..., real], grad, spec, settings, padding.to(keys.device))
+    back = real.argsort()
+    return fitted | {name: fitted[name][:, back] for name in _PER_CHANNEL}
 
 
 def fit_recipe(

@@ -18,6 +18,7 @@ from kvquant_compile.calib.sensitivity import Sensitivity, feedback_matrix, sens
 from kvquant_compile.calib.settings import FitSettings
 from kvquant_compile.codec.keys import dequantise_keys, quantise_keys
 from kvquant_compile.codec.nuq import levels_of, nearest_codes
+from kvquant_compile.codec.order import reorder, stored_tables
 from kvquant_compile.codec.slots import FLOAT16_MAX, largest
 from kvquant_compile.codec.spec import CodecSpec, LayerTables, table_limit
 
@@ -32,9 +33,15 @@ class _KeyFit:
     """State of the alternation: k ~ scale (a level + 0) + offset, levels in deviations."""
 
     def __init__(
-        self, k: Tensor, weights: Sensitivity, spec: CodecSpec, settings: FitSettings
+        self,
+        k: Tensor,
+        weights: Sensitivity,
+        spec: CodecSpec,
+        settings: FitSettings,
+        padding: Tensor,
     ) -> None:
         self.k, self.weights, self.spec, self.settings = k, weights, spec, settings
+        self.padding = padding
         self.offset = k.mean(1)
         self.scale = (k - self.offset[:, None]).square().mean(1).sqrt()
         floor = 1e-6 * self.scale.amax(1, keepdim=True) + 1e-7
@@ -101,19 +108,24 @@ class _KeyFit:
 
 
 def fit_keys(
-    k: Tensor, grad: Tensor | None, spec: CodecSpec, settings: FitSettings
+    k: Tensor, grad: Tensor | None, spec: CodecSpec, settings: FitSettings, padding: Tensor
 ) -> dict[str, Tensor]:
-    """Key constants, by field of ``LayerTables``, from float32 keys and gradients [H, N, D]."""
+    """Key constants, by field of ``LayerTables``, from float32 keys and gradients [H, N, D].
+
+    Channels are in pair order without its padding, which ``padding`` (see ``codec.order.reorder``)
+    puts in.
+    """
     weights = sensitivity(k, grad, settings)
     stride = max(1, -(-k.shape[1] // settings.fit_tokens))
     sample = Sensitivity(weights.channel, weights.token[:, ::stride])
-    fit = _KeyFit(k[:, ::stride].contiguous(), sample, spec, settings)
+    fit = _KeyFit(k[:, ::stride].contiguous(), sample, spec, settings, padding)
     for _ in range(settings.refine):
         fit.step()
     constants = fit.rounded()
     constants["key_stretch"] = torch.ones_like(constants["key_norm"])
     if settings.key_feedback and grad is not None:
-        constants["key_feedback"] = feedback_matrix(grad, constants["key_scale"], settings.damping)
+        stored_grad, unit = (reorder(x, padding) for x in (grad, constants["key_scale"]))
+        constants["key_feedback"] = feedback_matrix(stored_grad, unit, settings.damping)
     return _partly_stretched(fit, constants, settings.stretch)
 
 
@@ -168,6 +180,8 @@ def _dense(fit: _KeyFit, constants: dict[str, Tensor]) -> Tensor:
     """The sample's keys [H, N, D] as their codes alone would give them back."""
     none = torch.empty(0, device=fit.k.device)
     tables = LayerTables(**constants, value_table=none, value_gain=none, value_offset=none)
-    keys = quantise_keys(fit.k[None], tables, fit.spec)
+    tables = stored_tables(tables, fit.padding)
+    keys = quantise_keys(reorder(fit.k[None], fit.padding), tables, fit.spec)
     keys = replace(keys, slot_residual=torch.zeros_like(keys.slot_residual))
-    return dequantise_keys(keys, tables, fit.spec)[0]
+    stored = dequantise_keys(keys, tables, fit.spec)[0]
+    return stored if fit.padding.numel() == 0 else stored[..., fit.padding < fit.k.shape[-1]]

@@ -73,7 +73,9 @@ class LayerTables:
             shrinkage.
         key_feedback, value_feedback: int8 [H, D, D] in units of 1 / 64, strictly upper block
             triangular: how the coding error of a channel, in table units, moves the later ones
-            (rows: from). Empty: every channel is coded on its own.
+            (rows: from). Empty: every channel is coded on its own. Keys are coded as pages store
+            them, so ``key_feedback`` is in pair order with its padding (zeros), unlike the
+            constants per channel, which follow the model.
     """
 
     key_table: Tensor

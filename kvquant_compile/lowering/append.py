@@ -24,10 +24,10 @@ from kvquant_compile.codec.layout import (
     unpack_raw,
     unpack_values,
 )
+from kvquant_compile.codec.order import reorder
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.codec.values import ValueCodes, quantise_values
 from kvquant_compile.lowering import blocks
-from kvquant_compile.lowering.constants import reorder
 from kvquant_compile.lowering.pages import gather_pages, write_pages
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.formats import Layout, parse_layout
 from kvquant_compile.codec.layout import PageLayout, unpack_raw
+from kvquant_compile.codec.order import reorder
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.lowering import blocks
-from kvquant_compile.lowering.constants import reorder
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.lowering.read import read_keys, read_values
 from kvquant_compile.lowering.softmax import OnlineSoftmax

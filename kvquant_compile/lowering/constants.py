@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables
 from kvquant_compile.codec.formats import Format, Layout, Tables
-from kvquant_compile.codec.layout import PageLayout, pair_order
-from kvquant_compile.plan import LayerPlan, RopeSpec
+from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.order import gather_index, key_order, sorted_turns, stored_tables
+from kvquant_compile.plan import LayerPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,36 +54,26 @@ def lower_layer(
     """Constants of one layer on ``device``; ``tables`` is None for lossless storage."""
     sizes = (plan.kv_heads, plan.key_dim, plan.value_dim, dtype.itemsize)
     layout = BlockLayout(spec, *sizes) if isinstance(spec, Recipe) else PageLayout(spec, *sizes)
-    pairs = _sorted_pairs(plan.rope)
-    key_order = pair_order([i for i, _, _ in pairs], plan.key_dim)
-    query_order = _query_order(plan, key_order, [o for _, o, _ in pairs])
-    width = len(key_order) // 2
+    pairs = sorted_turns(plan.rope)
+    order_of_keys = key_order(plan.rope, plan.key_dim)
+    query_order = _query_order(plan, order_of_keys, [o for _, o, _ in pairs])
+    width = len(order_of_keys) // 2
     frequencies, scale = torch.empty(0), torch.empty(0)
     if plan.rope is not None:
         still = width - len(pairs)
         frequencies = torch.tensor([f for _, _, f in pairs] + [0.0] * still)
         scale = torch.tensor([plan.rope.scale] * len(pairs) + [1.0] * still)
-    order = _gather_index(key_order, plan.key_dim).to(device)
+    order = gather_index(order_of_keys, plan.key_dim).to(device)
     lowered = {} if tables is None else _lowered(tables.to(device), order)
     return LayerConstants(
         layout,
         list(lowered.values()),
         tuple(lowered),
         order,
-        _gather_index(query_order, plan.key_dim).to(device),
+        gather_index(query_order, plan.key_dim).to(device),
         frequencies.to(device),
         scale.to(device),
     )
-
-
-def _sorted_pairs(
-    rope: RopeSpec | None,
-) -> list[tuple[tuple[int, int], tuple[int, int], float]]:
-    """(input pair, output pair, frequency), by falling frequency (stable)."""
-    if rope is None:
-        return []
-    rows = zip(rope.in_pairs, rope.out_pairs, rope.frequencies, strict=True)
-    return sorted(rows, key=lambda row: -abs(row[2]))
 
 
 def _query_order(
@@ -92,37 +83,14 @@ def _query_order(
     if plan.rope is None:
         return key_order
     output = dict(plan.rope.passthrough)
-    for (a, b), pair in zip((i for i, _, _ in _sorted_pairs(plan.rope)), out_pairs, strict=True):
+    for (a, b), pair in zip((i for i, _, _ in sorted_turns(plan.rope)), out_pairs, strict=True):
         output[a], output[b] = pair
     return [output.get(channel, -1) for channel in key_order]
 
 
-def _gather_index(order: list[int], dim: int) -> Tensor:
-    """Padding reads the zero channel appended at ``dim``; empty when nothing moves."""
-    if order == list(range(dim)):
-        return torch.empty(0, dtype=torch.int64)
-    return torch.tensor([dim if channel < 0 else channel for channel in order])
-
-
-def reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Channels [..., dim] into pair order [..., 2 P], zeros for padding."""
-    if order.numel() == 0:
-        return x
-    if order.numel() > x.shape[-1]:
-        x = torch.nn.functional.pad(x, (0, 1))
-    return x[..., order]
-
-
 def _lowered(tables: Tables, order: Tensor) -> dict[str, Tensor]:
-    """Tables by name. Per-channel key constants go into pair order (a recipe's stay as they are);
-    padding has scale 1 and no weight."""
+    """Tables by name, key constants in pair order (a recipe's stay as they are)."""
     if isinstance(tables, RecipeTables):
         return tables.tensors()
-    scale = reorder(tables.key_scale, order)
-    moved = replace(
-        tables,
-        key_scale=torch.where(scale == 0, torch.ones_like(scale), scale),
-        key_zero=reorder(tables.key_zero, order),
-        key_weight=reorder(tables.key_weight, order),
-    )
+    moved = stored_tables(tables, order)
     return {name: t.contiguous() for name, t in moved.tensors().items()}
