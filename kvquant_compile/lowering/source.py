@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import Site
+from kvquant_compile.lowering.triton.dispatch import use_hopper
 
 
 def kernels_source(
@@ -13,9 +14,9 @@ def kernels_source(
 ) -> dict[str, str]:
     """Source of every kernel that is generated for one attention site.
 
-    These are the kernels that ``kvquant::attend`` launches on a GPU, wherever the constants are.
-    What is the same for every layer (the merge of partial sums) is ordinary code in
-    :mod:`kvquant_compile.lowering.triton`.
+    These are the kernels that ``kvquant::attend`` launches on the constants' device; for constants
+    on a CPU, which runs none, those of any other GPU. What is the same for every layer (the merge
+    of partial sums) is ordinary code in :mod:`kvquant_compile.lowering.triton`.
 
     Args:
         layout: of the layer's pages, one that kernels are generated for.
@@ -26,9 +27,28 @@ def kernels_source(
     Returns:
         Kernel name -> text.
     """
+    write = _hopper if use_hopper(layout, tables[0].device) else _portable
+    name, text = write(layout, tables, geometry, site, columns)
+    return {name: text}
+
+
+def _hopper(
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], site: Site, columns: int
+) -> tuple[str, str]:
+    from kvquant_compile.lowering.hopper.constants import hopper_constants
+    from kvquant_compile.lowering.hopper.history import hopper_source
+    from kvquant_compile.lowering.hopper.launch import hopper_spec
+
+    spec = hopper_spec(layout, hopper_constants(layout, tables, geometry), site, columns)
+    return spec.name, hopper_source(spec)
+
+
+def _portable(
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], site: Site, columns: int
+) -> tuple[str, str]:
     from kvquant_compile.lowering.triton.attend import kernel_spec
     from kvquant_compile.lowering.triton.history import history_source
     from kvquant_compile.lowering.triton.prepared import prepared
 
     spec = kernel_spec(layout, prepared(layout, tables, geometry), site, columns)
-    return {spec.name: history_source(spec)}
+    return spec.name, history_source(spec)
