@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.state_leaf import STATES
 from kvquant_compile.errors import UnsupportedModelError
 from kvquant_compile.passes.head_view import HeadView
 from kvquant_compile.passes.recognise import MatchedLayer
@@ -145,6 +146,7 @@ def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Te
         "attention_mask": None if captured.mask_optional else torch.ones_like(ids),
         "position_ids": positions.expand_as(ids),
         "past": 0,
+        STATES: None,
     }
     last = run(*(inputs[name] for name in names))
     with _constant_backbone(backbone, last):

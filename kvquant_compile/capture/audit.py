@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from kvquant_compile.capture.hf_hooks import Firings
+from kvquant_compile.capture.capture_cache import Firings
 from kvquant_compile.capture.markers import APPEND, ATTEND
 from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
 

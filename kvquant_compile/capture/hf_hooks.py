@@ -10,98 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
 
-from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
+from kvquant_compile.capture.capture_cache import Firings
+from kvquant_compile.capture.markers import ATTEND, MASK
 from kvquant_compile.capture.mask_kind import MaskKind, mask_kind
-from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
+from kvquant_compile.errors import UnsupportedLayerError
 
 INTERFACE = "kvquant_capture"
-_PLAIN_UPDATES: set[Any] = {DynamicLayer.update, DynamicSlidingWindowLayer.update}
-
 # Arguments of attention functions that do not change the result. Anything else is refused: a
 # model once passed a bias that way, and dropping it was silently wrong.
 _HARMLESS = frozenset(
     {"dropout", "position_ids", "cache_position", "use_cache", "return_dict"}
     | {"output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"}
 )
-
-
-@dataclass
-class Firings:
-    """What the markers saw during one run of the model; masks are classified in eager runs.
-
-    Attributes:
-        appends, attends: how often each fired.
-        masks: what every mask means, attended with or not; models make some that they never use.
-        made: the masks themselves, in an eager run.
-        attended: places in ``masks`` of those that an attention was given.
-        replaying, replayed: while tracing, the place of the next answer in ``masks``.
-    """
-
-    appends: int = 0
-    attends: int = 0
-    masks: list[MaskKind] = field(default_factory=list)
-    made: list[Tensor] = field(default_factory=list)
-    attended: set[int] = field(default_factory=set)
-    replaying: bool = False
-    replayed: int = 0
-
-
-class CaptureLayer(DynamicLayer):
-    """A cache layer that emits append markers and never windows; it holds no tensors."""
-
-    def __init__(self, index: int, past: int, seen: Firings) -> None:
-        super().__init__()
-        self.index, self.past, self.seen, self.new = index, past, seen, 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Mark the append; k [B, Hkv, S, D] and v [B, Hkv, S, Dv]."""
-        self.seen.appends += 1
-        self.new = key_states.shape[-2]
-        return APPEND(key_states, value_states, self.index, self.past)
-
-    def get_seq_length(self) -> int:
-        """Tokens before and, once updated, in this call."""
-        return self.past + self.new
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks cover every cached token: windows stay in the mask."""
-        return self.past + query_length, 0
-
-
-def capture_cache(config: Any, past: int, seen: Firings) -> DynamicCache:
-    """The model's own cache with every attention layer replaced by a :class:`CaptureLayer`.
-
-    Raises:
-        UnsupportedModelError: a layer keeps another state than keys and values.
-    """
-    cache = DynamicCache(config=config)
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, DummyLayer):  # attends to another layer's cache, or to none
-            continue
-        if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:
-            raise UnsupportedModelError(
-                "the model cannot be captured",
-                why=f"its cache layer {index} is a {type(layer).__name__}, which keeps more than"
-                " keys and values (a recurrent or indexed state)",
-                do="Hybrid models are not supported; use a model with attention in every layer.",
-            )
-        cache.layers[index] = CaptureLayer(index, past, seen)
-    return cache
 
 
 _active: Firings = Firings()

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvquant_compile.capture.hf_hooks import Firings, attention_by
+from kvquant_compile.capture.capture_cache import Firings
+from kvquant_compile.capture.hf_hooks import attention_by
 from kvquant_compile.capture.run import Store, run_marked
 from kvquant_compile.errors import UnsupportedModelError
 
@@ -95,11 +96,27 @@ def _conversation(
         known = mask[:, : past + tokens] if given_mask else None
         inputs = (hidden[:, now], known, positions[:, now])
         expected = _original(backbone, cache, *inputs)
-        got = run_marked(gm, store, *inputs, past)
+        got = _captured(gm, backbone, store, *inputs, past)
         real = mask[:, now].bool()
         errors.append(((tokens, past), relative_error(got[real], expected[real])))
         past += tokens
     return errors
+
+
+def _captured(gm: fx.GraphModule, backbone: PreTrainedModel, store: Store, *inputs: Any) -> Tensor:
+    try:
+        output: Tensor = run_marked(gm, store, *inputs)
+        return output
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(backbone).__name__} cannot be captured",
+            why=f"the captured graph holds for the traced length only: {_first_line(error)}",
+            do="Report the model; nothing was changed.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def embedding_width(backbone: PreTrainedModel) -> int:

@@ -6,6 +6,8 @@
     kind is ``causal`` or ``sliding``.
 ``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?)``
     returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi).
+``stateful(inputs, like, leaf) -> Tensor``
+    stands for a module with a state while tracing (see :mod:`.state_leaf`); never runs.
 
 Fake implementations pretend that ``past`` is 0: every length is then S, and the past length never
 enters a shape of the captured graph, where it would leave guards such as ``past + S != 1``.
@@ -41,6 +43,7 @@ _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, int layer, float scaling,"
     " float softcap, int window, bool causal, Tensor? slopes=None) -> Tensor"
 )
+_LIBRARY.define("stateful(Tensor[] inputs, int like, int leaf) -> Tensor")
 
 
 def _need_no_past(past: int) -> None:
@@ -122,7 +125,12 @@ for _name, _real, _fake in (
             _LIBRARY.impl(_name, _real, _key)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_LIBRARY)
 
+torch.library.register_fake(
+    f"{NAMESPACE}::stateful", lambda x, like, leaf: torch.empty_like(x[like]), lib=_LIBRARY
+)
+
 APPEND = torch.ops.kvquant_capture.append.default
 MASK = torch.ops.kvquant_capture.mask.default
 ATTEND = torch.ops.kvquant_capture.attend.default
+STATEFUL = torch.ops.kvquant_capture.stateful.default
 MARKERS = (APPEND, MASK, ATTEND)

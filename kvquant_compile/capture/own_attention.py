@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from kvquant_compile.capture.attention_sites import mark_attention
 from kvquant_compile.capture.cache_inputs import mark_appends
+from kvquant_compile.capture.capture_cache import Firings, capture_cache
 from kvquant_compile.capture.captured import CacheLayout
 from kvquant_compile.capture.cleanup import flat_graph
-from kvquant_compile.capture.hf_hooks import Firings, capture_cache
 from kvquant_compile.capture.mask_kind import MaskKind
-from kvquant_compile.errors import UnsupportedLayerError
+from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
 
 
 class _Flat(nn.Module):
@@ -55,10 +55,17 @@ def plain_cache(config: Any, caches: list[Tensor]) -> DynamicCache:
         UnsupportedModelError: a layer keeps another state than keys and values.
     """
     cache = capture_cache(config, 0, Firings())
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        raise UnsupportedModelError(
+            "the model cannot be captured",
+            why="it computes attention in code of its own, beside layers with a recurrent state",
+            do="Report the model.",
+        )
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
     count = max(len(cache.layers), len(pairs))
     cache.layers = [DynamicLayer() for _ in range(count)]
-    for layer, (keys, values) in zip(cache.layers, pairs, strict=False):
+    for i, (keys, values) in enumerate(pairs):
+        cache.layers[i] = layer = DynamicLayer()
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
     return cache

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from kvquant_compile.capture.markers import APPEND
+from kvquant_compile.capture.state_leaf import STATES, new_states
 
-Store = dict[int, tuple[Tensor, Tensor]]
+Store = dict[int | str, Any]
 
 
 class _MarkedRun(fx.Interpreter):
@@ -18,7 +19,14 @@ class _MarkedRun(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, store: Store) -> None:
         super().__init__(gm)
-        self.store = store
+        self.gm, self.store = gm, store
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == STATES:
+            if STATES not in self.store:
+                self.store[STATES] = new_states(self.gm)
+            return self.store[STATES]
+        return super().placeholder(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if target is not APPEND:
@@ -37,7 +45,8 @@ def run_marked(gm: fx.GraphModule, store: Store, *inputs: Any) -> Any:
     Args:
         gm: a captured graph.
         store: cache index -> (keys, values), each [B, Hkv, tokens, D]; grown in place. Empty for
-            a first call; tokens beyond ``past`` are dropped.
+            a first call; tokens beyond ``past`` are dropped. Recurrent states are kept under
+            their own name.
         inputs: the graph's inputs in placeholder order, ``past`` (a plain int) among them.
     """
     return _MarkedRun(gm, store).run(*inputs)

@@ -13,11 +13,13 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from kvquant_compile.capture.audit import audit_firings, audit_graph
+from kvquant_compile.capture.capture_cache import Firings, capture_cache
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
-from kvquant_compile.capture.hf_hooks import Firings, attention_by, capture_cache, markers_in
+from kvquant_compile.capture.hf_hooks import attention_by, markers_in
 from kvquant_compile.capture.hf_selfcheck import embedding_width, self_check
 from kvquant_compile.capture.own_attention import export_own, marked_graph
+from kvquant_compile.capture.state_leaf import StateLeaf, call_leaves, opaque, watching
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
 
 # Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
@@ -64,7 +66,9 @@ def capture_transformers(model: PreTrainedModel) -> Captured:
         if seen.attends < seen.appends:
             gm, seen = _own_attention(model, backbone, parameter)
         else:
-            gm = flat_graph(_export(model, backbone, parameter, seen))
+            program, leaves = _export(model, backbone, parameter, seen)
+            gm = flat_graph(program)
+            call_leaves(gm, leaves)
         sizes_from(gm, "hidden")
         optional = mask_from_input(gm, "attention_mask")
         audit_graph(gm.graph, seen)
@@ -152,7 +156,7 @@ def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) 
     """
     seen = Firings()
     try:
-        with markers_in(model, seen):
+        with markers_in(model, seen), watching(backbone, seen.watch):
             flat = _Flat(backbone, _text_config(backbone), seen)
             flat(*_inputs(backbone, like, _BATCH, _TOKENS, 0))
     except KVQuantError:
@@ -171,18 +175,21 @@ def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) 
 
 def _export(
     model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, eager: Firings
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, list[StateLeaf]]:
+    config = _text_config(backbone)
     tracing = Firings(masks=eager.masks, replaying=True)
     two = {0: Dim.AUTO, 1: Dim.AUTO}
     shapes = {"hidden": two, "attention_mask": two, "position_ids": two, "past": Dim.DYNAMIC}
-    with _export_errors(model), markers_in(model, tracing):
-        return torch.export.export(
-            _Flat(backbone, _text_config(backbone), tracing),
+    marked = markers_in(model, tracing)
+    with _export_errors(model), marked, opaque(eager.watch, config) as leaves:
+        program = torch.export.export(
+            _Flat(backbone, config, tracing),
             _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
             dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+    return program, leaves
 
 
 def _own_attention(

@@ -49,6 +49,8 @@ def rewrite(
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(source.graph, copies)
     graph.output(output)
+    for placeholder in graph.find_nodes(op="placeholder"):
+        placeholder.args = ()  # all are given: those that follow have no defaults
     gm = fx.GraphModule(source, graph)
     step = _add_inputs(graph, layers)
     for layer in layers:

@@ -7,7 +7,7 @@ included.
 
 A step changes nothing that is visible until :meth:`QuantizedCache.commit`: it writes into slots
 at or above the sequence's length only, so a step that fails in the middle leaves the cache as it
-was.
+was. (Recurrent states of hybrid models are the exception: their modules change them in place.)
 
 Device state is changed in place where its shape stays; where not, ``storage`` is replaced: while
 it is the same object every tensor has kept its address, so that a captured graph may be replayed.
@@ -16,13 +16,13 @@ A step without padding waits for the device once, to compare a mask, or without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.spec import PAGE_TOKENS
@@ -60,6 +60,7 @@ class QuantizedCache(Cache):
         dtype: the model's dtype (exact tokens are kept in it).
         device: where the pages live.
         most: columns that the model can place, where it has tables of positions; None: any.
+        states: makes the cache of layers with a recurrent state, which are kept as they are.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class QuantizedCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
         most: int | None = None,
+        states: Callable[[], Cache | None] = lambda: None,
     ) -> None:
         super().__init__(layers=[QuantizedLayer(layout, self) for layout in layouts])
         self.dtype, self.device, self.most = dtype, device, most
+        self.new_states = states
         self.reset()
 
     @property
@@ -84,6 +87,7 @@ class QuantizedCache(Cache):
             layer.slabs, layer.sinks = [], torch.empty(0)
         self.columns, self.batch, self.reserved = 0, 0, 0
         self.masks = Columns()
+        self.states = self.new_states()
         self.storage = object()
         self.table = torch.empty(0, 0, dtype=torch.int32, device=self.device)
         self.positions = torch.empty(0, 0, dtype=torch.int32, device=self.device)
@@ -174,7 +178,8 @@ class QuantizedCache(Cache):
         """Forget the last ``-tokens_to_remove`` columns (a negative number, or 0).
 
         Raises:
-            CacheError: the number is positive, or more than is cached.
+            CacheError: the number is positive, or more than is cached, or a recurrent state
+                cannot go back.
         """
         count = -tokens_to_remove
         if not 0 <= count <= self.columns:
@@ -185,6 +190,12 @@ class QuantizedCache(Cache):
             )
         if count == 0:
             return
+        if self.states is not None:
+            raise CacheError(
+                f"cannot crop by {tokens_to_remove}",
+                why="layers of the model keep a recurrent state, which cannot go back",
+                do="Start again from an empty cache.",
+            )
         dropped = self.masks.drop(self.columns, count)
         self.lengths.sub_(count if dropped is None else dropped)
         self.columns -= count
@@ -208,6 +219,8 @@ class QuantizedCache(Cache):
         for layer in self.pages:
             layer.select(ids, rows)
         self.masks.select(rows)
+        for state in self._states():
+            state.reorder_cache(rows)  # type: ignore[arg-type]
         positions, lengths = self.positions[rows], self.lengths[rows]
         width, batch = self.table.shape[1], rows.numel()
         table = torch.arange(batch * width, dtype=torch.int32, device=self.device)
@@ -221,17 +234,30 @@ class QuantizedCache(Cache):
         self.table.copy_(table.view(batch, width))
 
     def nbytes(self) -> int:
-        """Every byte the cache has allocated: pages, exact tokens, block table, positions."""
+        """Every byte the cache has allocated: pages, exact tokens, block table, positions, and
+        recurrent states."""
+        kept = [
+            tensor
+            for state in self._states()
+            for tensor in (*state.conv_states.values(), *state.recurrent_states.values())
+        ]
+        return self._paged_bytes() + sum(t.nbytes for t in kept if t is not None)
+
+    def _paged_bytes(self) -> int:
         shared = (self.table, self.positions, self.lengths)
         total = sum(t.nbytes for t in shared) + self.masks.nbytes()
         return total + sum(layer.nbytes() for layer in self.pages)
 
+    def _states(self) -> list[LinearAttentionLayer]:
+        layers = [] if self.states is None else self.states.layers
+        return [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+
     def effective_bits(self) -> float:
-        """Allocated bits per cached key or value element, everything counted."""
+        """Allocated bits per cached key or value element, all but recurrent states counted."""
         tokens = int(self.lengths.sum())
         widths = (x.layout.heads * (x.layout.key_dim + x.layout.value_dim) for x in self.pages)
         elements = tokens * sum(widths)
-        return 8 * self.nbytes() / elements if elements else 0.0
+        return 8 * self._paged_bytes() / elements if elements else 0.0
 
     def __repr__(self) -> str:
         kinds = {x.layout.kind for x in self.pages}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kvquant_compile.capture.state_leaf import STATES
 from kvquant_compile.lowering.triton.prepared import page_addresses
 from kvquant_compile.passes.rewrite import CONSTANT_PREFIX
 from kvquant_compile.runtime.cache import QuantizedCache
@@ -229,6 +230,8 @@ class DecodeGraphs:
 
 def _refusal(program: Program) -> str:
     """What in the program itself rules a graph out."""
+    if STATES in program.inputs:
+        return "layers of the model keep a recurrent state, which its own modules advance"
     used = [name for name in _CHANGING if name in program.inputs]
     if used:
         return f"the model computes with {' and '.join(used)} on the host"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.state_leaf import STATES, new_states
 from kvquant_compile.codec.formats import Format, Layout, Tables
 from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.device_past import COLUMNS
@@ -45,7 +46,8 @@ class Program:
     def new_cache(self) -> QuantizedCache:
         """An empty cache."""
         most = self.graph_module.meta.get(COLUMNS)
-        return QuantizedCache(self.layouts, self.dtype, self.device, most)
+        states = functools.partial(new_states, self.graph_module)
+        return QuantizedCache(self.layouts, self.dtype, self.device, most, states)
 
     def run(
         self,
@@ -91,6 +93,10 @@ class Program:
     ) -> Tensor:
         """The graph's output for a step that is begun; arguments as of :meth:`run`."""
         values = {**inputs, **self._cache_inputs(cache, step), "exact_chunk": exact_chunk}
+        if "attention_mask" in self.inputs and values["attention_mask"] is None:
+            batch, steps = step.slots.shape
+            size = batch, cache.columns + steps
+            values["attention_mask"] = torch.ones(size, dtype=torch.int64, device=self.device)
         return cast("Tensor", self.graph_module(*(values[name] for name in self.inputs)))
 
     def _cache_inputs(self, cache: QuantizedCache, step: Step) -> dict[str, Any]:
@@ -99,6 +105,7 @@ class Program:
             "history": step.history,
             "table": cache.table,
             "positions": cache.positions,
+            STATES: cache.states,
         }
         for index, layer in zip(self.indices, cache.pages, strict=True):
             values[f"pages_{index}"] = layer.slabs

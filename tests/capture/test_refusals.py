@@ -38,13 +38,6 @@ def _mamba():
     )  # fmt: skip
 
 
-def _jamba_like():
-    return zoo.tiny(
-        "bamba", num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16,
-        mamba_n_groups=1, mamba_d_state=8,
-    )  # fmt: skip
-
-
 def _dynamic():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     return zoo.tiny("llama", rope_parameters=rope)
@@ -62,7 +55,6 @@ def _meta():
         (_vit, "no decoder with a key-value cache"),
         (_t5, "encoder-decoder"),
         (_mamba, "no decoder with a key-value cache"),
-        (_jamba_like, "Hybrid models"),
         (_dynamic, "cos and sin depend on data"),
         (_meta, "meta device"),
     ],

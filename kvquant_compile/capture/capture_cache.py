@@ -1,0 +1,113 @@
+"""The cache that a model is captured with: it marks appends, and keeps recurrent states.
+
+Tested with transformers 5.16 to 5.23.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer
+
+from kvquant_compile.capture.markers import APPEND
+from kvquant_compile.capture.mask_kind import MaskKind
+from kvquant_compile.capture.state_leaf import Watch, WatchedCache
+from kvquant_compile.errors import UnsupportedModelError
+
+# Not every supported transformers has all of these.
+KEYLESS_LAYERS = tuple(
+    getattr(cache_utils, name)
+    for name in ("DummyLayer", "LinearAttentionLayer")
+    if hasattr(cache_utils, name)
+)
+
+_HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+_PLAIN_UPDATES: set[Any] = {DynamicLayer.update, DynamicSlidingWindowLayer.update}
+
+
+@dataclass
+class Firings:
+    """What the markers saw during one run of the model; masks are classified in eager runs.
+
+    Attributes:
+        appends, attends: how often each fired.
+        masks: what every mask means, attended with or not; models make some that they never use.
+        made: the masks themselves, in an eager run.
+        attended: places in ``masks`` of those that an attention was given.
+        watch: the modules that keep a state.
+        replaying, replayed: while tracing, the place of the next answer in ``masks``.
+    """
+
+    appends: int = 0
+    attends: int = 0
+    masks: list[MaskKind] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+    attended: set[int] = field(default_factory=set)
+    watch: Watch = field(default_factory=Watch)
+    replaying: bool = False
+    replayed: int = 0
+
+
+class CaptureLayer(DynamicLayer):
+    """A cache layer that emits append markers and never windows; it holds no tensors."""
+
+    def __init__(self, index: int, past: int, seen: Firings) -> None:
+        DynamicLayer.__init__(self)
+        self.index, self.past, self.seen, self.new = index, past, seen, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Mark the append; k [B, Hkv, S, D] and v [B, Hkv, S, Dv]."""
+        self.seen.appends += 1
+        self.new = key_states.shape[-2]
+        return APPEND(key_states, value_states, self.index, self.past)
+
+    def get_seq_length(self) -> int:
+        """Tokens before and, once updated, in this call."""
+        return self.past + self.new
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover every cached token: windows stay in the mask."""
+        return self.past + query_length, 0
+
+
+class CaptureHybridLayer(CaptureLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
+    """The same beside a recurrent state."""
+
+    def __init__(self, index: int, past: int, seen: Firings, states: int) -> None:
+        CaptureLayer.__init__(self, index, past, seen)
+        LinearAttentionLayer.__init__(self, states)
+
+    lazy_initialization = LinearAttentionLayer.lazy_initialization
+
+
+def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
+    """The model's own cache with every attention layer replaced by a :class:`CaptureLayer`.
+
+    Layers with a recurrent state keep it.
+
+    Raises:
+        UnsupportedModelError: a layer keeps another state than keys and values.
+    """
+    cache = WatchedCache(config=config)
+    cache.watch = seen.watch
+    for index, layer in enumerate(cache.layers):
+        if type(layer) in KEYLESS_LAYERS:  # no keys and values of its own
+            continue
+        if isinstance(layer, _HYBRID):
+            count = layer.number_of_states
+            cache.layers[index] = CaptureHybridLayer(index, past, seen, count)
+            continue
+        if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:
+            raise UnsupportedModelError(
+                "the model cannot be captured",
+                why=f"its cache layer {index} is a {type(layer).__name__}, which keeps more than"
+                " keys, values and a recurrent state (an index, or compressed keys)",
+                do="Report the model; such caches are not supported.",
+            )
+        cache.layers[index] = CaptureLayer(index, past, seen)
+    return cache
