@@ -57,8 +57,6 @@ def _write_body(out: KernelWriter, spec: HopperSpec) -> None:
     values = ValueEmitter(spec, memory, value_slots)
     level = spec.explicit < spec.key_groups  # some pairs leave a constant for every page
     _write_frame(out, spec, memory)
-    ring.setup(out)
-    ring.after_the_launch_before(out)
     visibility.start(out)
     if not spec.window:
         ring.start(out)

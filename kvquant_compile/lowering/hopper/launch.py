@@ -86,7 +86,7 @@ def attend(
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
         EXACT=exact_chunk, SINKS=cache.sinks.shape[2], LOGITS=logits is not None,
         ONE_SLAB=one_slab,
-        num_warps=spec.warps, launch_pdl=True, maxnreg=register_limit(spec),
+        num_warps=spec.warps, maxnreg=register_limit(spec),
     )  # fmt: skip
     return output, lse
 

@@ -31,8 +31,8 @@ class RingEmitter:
         out(f"turn = gl.maximum(split, 0) * {warps} + warp", f"stride = splits * {warps}")
         self.find(out, "turn")
 
-    def setup(self, out: KernelWriter) -> None:
-        """Barriers, and the head's constants, which no launch before this one can have written."""
+    def prologue(self, out: KernelWriter) -> None:
+        """Barriers, the head's constants, and the first page of every warp."""
         m, warps = self.memory, self.spec.warps
         out(
             "", "# this warp's page, its barriers, and the barrier of the head's constants",
@@ -62,15 +62,6 @@ class RingEmitter:
             ],
             kinds="rrlr", name="COPY_CONSTANTS",
         )  # fmt: skip
-
-    def after_the_launch_before(self, out: KernelWriter) -> None:
-        """Wait for the launch before to end (with programmatic dependent launch this one may
-        start before that), and let the next one start."""
-        text = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
-        out.ptx(text, ["_"], ["lz"], name="LAUNCHES")
-
-    def prologue(self, out: KernelWriter) -> None:
-        """The first page of every warp."""
         self.locate(out)
         self.copy_keys(out, "turn < units")
         self.copy_values(out, "turn < units")

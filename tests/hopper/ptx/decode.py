@@ -21,7 +21,7 @@ MEMORY = {
     "ld": access.load, "st": access.store, "atom": access.atomic_add, "red": access.atomic_add,
     "ldmatrix": access.matrix_access, "stmatrix": access.matrix_access,
     "mbarrier": access.mbarrier, "cp": access.bulk_copy, "bar": access.barrier,
-    "fence": access.fence, "griddepcontrol": access.fence, "elect": access.elect,
+    "fence": access.fence, "elect": access.elect,
 }  # fmt: skip
 WHOLE_WARP = ("ldmatrix", "stmatrix", "bar", "elect")
 """Besides those of :mod:`.lanes`: instructions that all lanes must execute together."""
