@@ -1,6 +1,6 @@
 """Time of ``kvquant::append`` on a CUDA device, against torch and against a copy.
 
-    python -m benchmarks.append_speed [--warps 4] [--no-torch]
+    python -m benchmarks.append_speed [--warps 4] [--single 256] [--no-torch] [--bits 3]
 
 One JSON line for each size: microseconds a layer from a call (``launched``), in a CUDA graph
 (``graph``), of the torch path, and of copying the same keys and values in the model's dtype.
@@ -27,7 +27,7 @@ from tests.triton.cases import random_tables
 
 CUDA = torch.device("cuda")
 HEADS, DIM = 8, 128
-SIZES = [(1, 1), (32, 1), (1, 16), (1, 2048), (1, 32768)]
+SIZES = [(1, 1), (32, 1), (1, 16), (1, 128), (1, 512), (1, 2048), (1, 32768)]
 
 
 def arguments(bits: int, batch: int, steps: int) -> tuple:
@@ -87,13 +87,17 @@ def main() -> None:
     """Print a JSON line a size, and first what ran it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--warps", type=int, help="warps of a program of sixteen tokens")
+    parser.add_argument("--single", type=int, help="longest step of programs of one token")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--no-torch", action="store_true", help="leave the torch path out")
     options = parser.parse_args()
     if options.warps:
         kernels.WARPS[kernels.GROUP_TOKENS] = options.warps
+    if options.single is not None:
+        kernels.SINGLE_STEPS = options.single
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     print(json.dumps({"device": torch.cuda.get_device_name(), **versions, "unit": "microseconds"}))
-    for bits in (2, 3, 4):
+    for bits in options.bits:
         for batch, steps in SIZES:
             print(json.dumps(row(bits, batch, steps, not options.no_torch)), flush=True)
 

@@ -1,6 +1,7 @@
-"""Compiles the append kernel for a target without a device and prints what it needs.
+"""Compiles the append kernel for targets without a device and prints what it needs.
 
-Arguments: target (``cuda:90``, ``hip:gfx942``), tokens of a program (1 or 16), bits, head size.
+Arguments: bits, head size, then targets (``cuda:90``, ``hip:gfx942``) each with the tokens of a
+program: ``cuda:90/1`` or ``cuda:90/16``.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ POINTERS = {
 }  # fmt: skip
 
 
-def main(target: str, tokens: str, bits: str, dim: str) -> None:
+def main(bits: str, dim: str, *targets: str) -> None:
     """Compile and report."""
+    for target in targets:
+        compile_for(*target.split("/"), bits, dim)
+
+
+def compile_for(target: str, tokens: str, bits: str, dim: str) -> None:
+    """Compile for one target and report."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
     width, size = int(bits), int(dim)
@@ -44,7 +51,7 @@ def main(target: str, tokens: str, bits: str, dim: str) -> None:
     constants = {"FUSED": True, "NATIVE": backend == "cuda"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=gpu, options=options(int(tokens)))
-    print(f"{target}: shared {compiled.metadata.shared} B")
+    print(f"{target}, {tokens}: shared {compiled.metadata.shared} B")
     if backend == "cuda":
         print(f"spilled bytes {spilled_bytes(compiled.asm['ptx'], arch)}")
 

@@ -80,17 +80,11 @@ def test_feedback_reaches_later_stages_only_and_is_exact() -> None:
 
 
 @compiles
-@pytest.mark.parametrize(
-    ("target", "tokens"),
-    [("cuda:90", 1), ("cuda:90", 16), ("cuda:80", 16), ("cuda:100", 16), ("hip:gfx942", 16)],
-)
-def test_compiles_ahead_of_time(target: str, tokens: int) -> None:
+def test_compiles_ahead_of_time() -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.triton.append_ahead", target]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.triton.append_ahead", "3", "128"]
+    command += ["cuda:90/1", "cuda:90/16", "cuda:80/16", "hip:gfx942/1", "hip:gfx942/16"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*command, str(tokens), "3", "128"], env=env, cwd=root, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    if target.startswith("cuda"):
-        assert "spilled bytes 0\n" in done.stdout
+    assert done.stdout.count("spilled bytes 0\n") == 3

@@ -1,7 +1,7 @@
 """``kvquant::append`` on a device: one launch that quantises and packs a step's tokens.
 
-Steps of one token need no other work. Longer ones first find the step of every place, in a few
-launches over the slots alone. Nothing waits for the device.
+Short steps need no other work: every token has programs of its own. Longer ones first find the step
+of every place, in a few launches over the slots alone. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from kvquant_compile.lowering.triton.module import load
 from kvquant_compile.lowering.triton.prepared import page_addresses
 
 GROUP_TOKENS = 16
+SINGLE_STEPS = 256
+"""The longest step whose tokens are quantised one by one."""
 WARPS = {1: 1, GROUP_TOKENS: 4}
 
 
@@ -44,21 +46,22 @@ def append(
     constants, order = append_constants(tables), geometry[0]
     batch, heads, steps, _ = key.shape
     feedback = (constants.key_feedback.numel() > 0, constants.value_feedback.numel() > 0)
-    tokens = 1 if steps == 1 else GROUP_TOKENS
-    spec = AppendSpec(layout, tokens, sinks.shape[2], *feedback, order.numel() > 0)
-    groups = 1 if steps == 1 else 4 * ((steps + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
+    tokens = 1 if steps <= SINGLE_STEPS else GROUP_TOKENS
+    spec = AppendSpec(layout, tokens, sinks.shape[2], *feedback, order.numel() > 0,
+                      tokens == 1 < steps)  # fmt: skip
+    groups = steps if tokens == 1 else 4 * ((steps + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
     grid = (groups, batch * heads, 2)
     scratch = torch.empty(
         2 * groups * batch * heads * spec.scratch_bytes, dtype=torch.uint8, device=key.device
     )
     moves = (
         (constants.key_feedback_words, constants.value_feedback_words)
-        if steps == 1
+        if tokens == 1
         else (constants.key_feedback, constants.value_feedback)
     )
     key, value = _channels_last(key), _channels_last(value)
     append_kernel(spec)[grid](
-        key, value, sinks, *_places(slots), table, page_addresses(pages), scratch, order,
+        key, value, sinks, *_places(slots, tokens), table, page_addresses(pages), scratch, order,
         constants.key_channels, constants.key_rows, constants.key_levels, moves[0],
         constants.value_channels, constants.value_levels, moves[1],
         heads, steps, table.shape[1], table.stride(0), layout.page_bytes,
@@ -82,10 +85,11 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _places(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First slot and number of the real tokens [B], and the step of each of them [B, S]."""
+def _places(slots: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """First slot and number of the real tokens [B], and the step of each of them [B, S]; for
+    programs of one token the slots."""
     steps = slots.shape[1]
-    if steps == 1:
+    if tokens == 1:
         flat = slots.contiguous()
         return flat, flat, flat
     real = slots >= 0

@@ -44,6 +44,7 @@ class AppendSpec:
         sinks: exact leading tokens of a sequence.
         key_feedback, value_feedback: whether coding errors move later channels.
         reorder: whether keys have to be brought into pair order.
+        shared: whether programs of one token share words with others of the same step.
     """
 
     layout: PageLayout
@@ -52,6 +53,7 @@ class AppendSpec:
     key_feedback: bool
     value_feedback: bool
     reorder: bool
+    shared: bool = False
 
     @property
     def name(self) -> str:
@@ -62,6 +64,7 @@ class AppendSpec:
             for tag, on in (
                 ("_scaled", s.key_token_scale), ("_kfeed", self.key_feedback),
                 ("_vfeed", self.value_feedback), ("_order", self.reorder),
+                ("_shared", self.shared),
             )
             if on
         )  # fmt: skip
@@ -75,7 +78,14 @@ class AppendSpec:
         """What the quantiser of keys depends on."""
         s, dim = self.layout.spec, self.layout.key_dim
         return Half(
-            "key", s.key_bits, padded(dim), dim, s.key_slots, self.key_feedback, self.tokens
+            "key",
+            s.key_bits,
+            padded(dim),
+            dim,
+            s.key_slots,
+            self.key_feedback,
+            self.tokens,
+            self.shared,
         )
 
     @property
@@ -83,7 +93,7 @@ class AppendSpec:
         """What the quantiser of values depends on."""
         s, dim = self.layout.spec, self.layout.value_dim
         return Half("value", s.value_bits, dim, dim, s.value_slots, self.value_feedback,
-                    self.tokens)  # fmt: skip
+                    self.tokens, self.shared)  # fmt: skip
 
     @property
     def scratch_bytes(self) -> int:
@@ -95,7 +105,8 @@ def append_source(spec: AppendSpec) -> str:
     """The module's text; its function ``spec.name`` is the kernel.
 
     Grid: (groups of tokens, batch * heads, 2), the last for keys and values. With one token a
-    program the first is 1, ``starts`` holds the slots, and ``counts`` and ``inverse`` play no part.
+    program the first is the number of steps, ``starts`` holds the slots [B, S], and ``counts`` and
+    ``inverse`` play no part.
     """
     out = Source()
     out("import triton", "import triton.language as tl", "")
@@ -127,8 +138,8 @@ def _places(out: Source, spec: AppendSpec) -> None:
     """Page, part of a page, and the new tokens' first place in the page and number."""
     out("line = tl.program_id(1)", "row, head = line // heads, line % heads")
     if spec.tokens == 1:
-        out("slot = tl.load(starts + row)", "used = slot >= 0", "page = slot // 64")
-        out("first = slot % 64")
+        out("slot = tl.load(starts + row * steps + tl.program_id(0))")
+        out("page, first = slot // 64, slot % 64")
         return
     out("start, count = tl.load(starts + row), tl.load(counts + row)")
     out("page = start // 64 + tl.program_id(0) // 4", "part = tl.program_id(0) % 4")
@@ -141,7 +152,7 @@ def _page(out: Source, spec: AppendSpec) -> None:
     out("head_bytes = head.to(tl.int64) * page_bytes")
     out(f"i = tl.arange(0, {spec.tokens})[:, None]")
     if spec.tokens == 1:
-        out("token, step, live = i + first, i, i + slot >= 0")
+        out("token, step, live = i + first, i + tl.program_id(0), i + slot >= 0")
     else:
         out("address = tl.load(addresses + tl.load(table_at)) + head_bytes")
         out("token = i // 8 * 32 + 8 * part + i % 8", "rank = token - first")

@@ -37,8 +37,11 @@ def load_words(out: Source, words: CodeWords, base: str) -> None:
         out(f"old{i} = tl.load(at{i}, mask=inside, other=0)")
 
 
-def store_words(out: Source, words: CodeWords) -> None:
-    """Put the codes of ``codes`` (see ``code_bytes``) into the words that were read."""
+def store_words(out: Source, words: CodeWords, shared: bool) -> None:
+    """Put the codes of ``codes`` (see ``code_bytes``) into the words that were read.
+
+    In ``shared`` words nobody else changes the token's bits, so what differs can be flipped.
+    """
     keys, apart = words.prefix == "key", words.sections == 2
     options = f"{keys}, {words.selectors}, {apart}"
     for q in range(4):
@@ -49,5 +52,10 @@ def store_words(out: Source, words: CodeWords) -> None:
         masks = ", ".join(f"bits{q} * {2 ** max(size, 0) - 1}" for q in range(4))
         for i in range(size):
             fresh, mask = (f"packed({x}, {size}, {i})" for x in (selectors, masks))
-            out(f"mask = {mask}", f"fresh = (old{start + i} & ~mask) | {fresh}")
-            out(f"tl.store(at{start + i}, fresh, mask=inside & (mask != 0))")
+            at, old = f"at{start + i}", f"old{start + i}"
+            out(f"mask = {mask}", f"flips = ({old} & mask) ^ {fresh}")
+            out("ours = inside & (mask != 0)")
+            if shared:
+                out(f"tl.atomic_xor({at}, flips, mask=ours & (flips != 0), sem='relaxed')")
+            else:
+                out(f"tl.store({at}, {old} ^ flips, mask=ours)")

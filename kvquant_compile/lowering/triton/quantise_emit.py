@@ -39,6 +39,7 @@ class Half:
         slots: exact outliers of a token.
         feedback: whether coding errors move later channels.
         tokens: of a program: 1, or 16.
+        shared: whether other programs may change other bits of the same words.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Half:
     slots: int
     feedback: bool
     tokens: int
+    shared: bool
 
     @property
     def stages(self) -> int:
@@ -217,7 +219,7 @@ class Half:
         if index:
             out(f"level = {self.level(wanted)}")
         out(f"codes = code_bytes({self._known('c', self.code(wanted))}, {self.width // LANES})")
-        store_words(out, self._words)
+        store_words(out, self._words, self.shared)
 
 
 def _nearest(first: int, last: int) -> str:
