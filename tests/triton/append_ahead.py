@@ -1,7 +1,7 @@
 """Compiles the append kernel for targets without a device and prints what it needs.
 
-Arguments: bits, head size, then targets (``cuda:90``, ``hip:gfx942``) each with the tokens of a
-program: ``cuda:90/1`` or ``cuda:90/16``.
+Arguments: bits, then targets (``cuda:90``, ``hip:gfx942``) each with the tokens of a program and a
+head size: ``cuda:90/1/128`` or ``cuda:90/16/128``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ POINTERS = {
 }  # fmt: skip
 
 
-def main(bits: str, dim: str, *targets: str) -> None:
+def main(bits: str, *targets: str) -> None:
     """Compile and report."""
     for target in targets:
-        compile_for(*target.split("/"), bits, dim)
+        compile_for(*target.split("/"), bits)
 
 
-def compile_for(target: str, tokens: str, bits: str, dim: str) -> None:
+def compile_for(target: str, tokens: str, dim: str, bits: str) -> None:
     """Compile for one target and report."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
