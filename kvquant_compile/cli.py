@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvquant_compile.cli_eval import evaluate
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.errors import KVQuantError, OptionError
 from kvquant_compile.loading import load_model, load_tokenizer
@@ -24,7 +25,11 @@ ModelOption = Annotated[str, typer.Option("--model", help="Model folder or hub i
 BitsOption = Annotated[str, typer.Option("--bits", help="Widths, comma separated.")]
 OneFormatOption = Annotated[
     str | None,
-    typer.Option("--bits", help="A width, or key,value; default: 3, or the artifact's."),
+    typer.Option("--bits", help="A width, key,value, 2.5, or auto with --budget; default: 3, or "
+                 "the artifact's."),
+]  # fmt: skip
+BudgetOption = Annotated[
+    str | None, typer.Option("--budget", help="For --bits auto: effective bits, or 900B a token.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
@@ -63,42 +68,7 @@ def demo(
         typer.echo(json_module.dumps(result, indent=2))
 
 
-@app.command("eval")
-def evaluate(
-    model: ModelOption,
-    text: Annotated[Path, typer.Option(help="UTF-8 text to score.")],
-    bits: BitsOption = "4,3,2",
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    limit: Annotated[int | None, typer.Option(help="Use only the first windows.")] = None,
-    calibration: CalibrationOption = None,
-    windows: WindowsOption = None,
-    baselines: Annotated[bool, typer.Option(help="Score other codecs too.")] = True,
-    dtype: DtypeOption = "float32",
-    seed: int = 0,
-    json: JsonOption = False,
-) -> None:
-    """Perplexity and KL to the original, every token attending to quantised keys and values."""
-    from kvquant_compile.calib.calibrate import CalibrationOptions
-    from kvquant_compile.evaluate.run import evaluate_widths, prepare
-    from kvquant_compile.evaluate.table import render
-    from kvquant_compile.evaluate.text import read_text, text_windows
-    from kvquant_compile.progress import Progress
-
-    widths = _widths(bits)
-    network, tokenizer = load_model(model, dtype)
-    chosen = text_windows(read_text(text), tokenizer, window, limit)
-    data = None if calibration is None else read_text(calibration)
-    options = CalibrationOptions.make(seed=seed, windows=windows)
-    with Progress() as bar:
-        prepared = prepare(network, data, tokenizer, options, bar)
-        rows = evaluate_widths(prepared, widths, chosen, options, bar, baselines)
-    if json:
-        record = {"model": model, "text": text.name, "window": window, "windows": len(chosen),
-                  "seconds": prepared.seconds, "rows": [r.to_dict() for r in rows]}  # fmt: skip
-        typer.echo(json_module.dumps(record, indent=2))
-    else:
-        title = f"{model}: {text.name}, {len(chosen)} windows of {window}"
-        Console(width=None if sys.stdout.isatty() else 120).print(render(rows, title))
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -106,6 +76,7 @@ def calibrate(
     model: ModelOption,
     output: Annotated[Path, typer.Argument(help="Artifact to write (*.safetensors).")],
     bits: OneFormatOption = None,
+    budget: BudgetOption = None,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
     dtype: DtypeOption = "auto",
@@ -114,7 +85,7 @@ def calibrate(
     """Fit tables and save them; ``optimize(model, calibration="file.safetensors")`` uses them."""
     import kvquant_compile
 
-    network = _optimised(model, bits, calibration, windows, dtype, seed)
+    network = _optimised(model, bits, budget, calibration, windows, dtype, seed)
     kvquant_compile.artifact(network).save(output)
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
@@ -123,6 +94,7 @@ def calibrate(
 def explain(
     model: ModelOption,
     bits: OneFormatOption = None,
+    budget: BudgetOption = None,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
     dtype: DtypeOption = "auto",
@@ -134,7 +106,7 @@ def explain(
     """Optimise a model and print what was matched, proved and rewritten."""
     import kvquant_compile
 
-    network = _optimised(model, bits, calibration, windows, dtype, seed)
+    network = _optimised(model, bits, budget, calibration, windows, dtype, seed)
     report = kvquant_compile.explain(network, layer=layer, source=source)
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
@@ -147,6 +119,7 @@ def optimize(
     model: ModelOption,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     bits: OneFormatOption = None,
+    budget: BudgetOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
@@ -154,7 +127,7 @@ def optimize(
     seed: int = 0,
 ) -> None:
     """Optimise a model and continue a prompt with it."""
-    network = _optimised(model, bits, calibration, windows, dtype, seed)
+    network = _optimised(model, bits, budget, calibration, windows, dtype, seed)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
     output = network.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -186,9 +159,33 @@ def _widths(text: str) -> list[int]:
     return widths
 
 
+def _one_format(text: str | None) -> Any:
+    """What ``bits`` of ``optimize`` takes."""
+    if text is None or text == "auto":
+        return text
+    number = _number(text)
+    if isinstance(number, float) and not number.is_integer():
+        return number
+    widths = _widths(text)
+    if len(widths) > 2:
+        raise OptionError(
+            f"--bits {text}", why="one model has one format", do="Pass one width, or key,value."
+        )
+    return (widths[0], widths[1]) if len(widths) == 2 else widths[0]
+
+
+def _number(text: str | None) -> float | str | None:
+    """A number where it is one."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 def _optimised(
     name: str,
     bits: str | None,
+    budget: str | None,
     calibration: Path | None,
     windows: int | None,
     dtype: str,
@@ -197,18 +194,15 @@ def _optimised(
     import kvquant_compile
     from kvquant_compile.evaluate.text import read_text
 
-    widths = [] if bits is None else _widths(bits)
-    if len(widths) > 2:
-        raise OptionError(
-            f"--bits {bits}", why="one model has one format", do="Pass one width, or key,value."
-        )
+    asked = _one_format(bits)
     network, tokenizer = load_model(name, dtype)
     data: Any = calibration
     if calibration is not None and calibration.suffix != ".safetensors":
         data = read_text(calibration)
     return kvquant_compile.optimize(
         network,
-        bits=(widths[0], widths[1]) if len(widths) == 2 else next(iter(widths), None),
+        bits=asked,
+        budget=_number(budget),
         calibration=data,
         tokenizer=tokenizer,
         windows=windows,

@@ -36,6 +36,25 @@ class Fp8:
 
 
 @dataclass(frozen=True)
+class Bf16:
+    """bfloat16, what a cache of most models is."""
+
+    pre_rope: bool = False
+
+    def keys(self, x: Tensor, layer: int) -> Tensor:
+        """[B, H, S, D] -> the same, rounded."""
+        return x.bfloat16().float()
+
+    def values(self, x: Tensor, layer: int) -> Tensor:
+        """As keys."""
+        return self.keys(x, layer)
+
+    def effective_bits(self, heads: int, dim: int, tokens: int) -> float:
+        """16."""
+        return 16.0
+
+
+@dataclass(frozen=True)
 class RoundTrip:
     """A recipe that needs no calibration; an incomplete last unit of tokens stays exact, as in its
     cache, but nothing else does: windows and sinks are left out, as no codec here has any.

@@ -1,4 +1,4 @@
-"""Evaluating a model at several widths: calibrate once, build a program per width, score all."""
+"""A model made ready for evaluation: calibrated once, then a program for every format."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvquant_compile.calib.artifact import Artifact
-from kvquant_compile.calib.calibrate import CalibrationOptions, fit_artifact, observe_windows
+from kvquant_compile.calib.calibrate import (
+    CalibrationOptions,
+    choose_windows,
+    fit_artifact,
+    observe_chosen,
+)
 from kvquant_compile.calib.observe import Observed, behind_rope
 from kvquant_compile.capture import Captured, capture
 from kvquant_compile.config import FormatOptions
-from kvquant_compile.evaluate.table import Row, baseline_codecs, evaluate_table
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import Choice, stored_layers
@@ -30,6 +34,7 @@ class Prepared:
         observed: cache index -> calibration tokens.
         source: where they came from.
         seconds: stage -> wall time.
+        windows: the calibration windows, int64 [1, S] each.
     """
 
     captured: Captured
@@ -37,6 +42,15 @@ class Prepared:
     observed: Mapping[int, Observed]
     source: Mapping[str, Any]
     seconds: dict[str, float]
+    windows: Sequence[Tensor] = ()
+
+    def stored(self, layers: Sequence[MatchedLayer]) -> dict[int, Observed]:
+        """The tokens as ``layers`` store them: keys rotated where they are kept so."""
+        return {
+            i: seen if (rope := layer.plan.kept) is None else behind_rope(seen, rope)
+            for layer in layers
+            if (seen := self.observed.get(i := layer.plan.index)) is not None
+        }
 
 
 def prepare(
@@ -47,12 +61,13 @@ def prepare(
     captured = capture(model)
     layers = recognise(captured)
     captured_at = time.perf_counter()
-    observed, source = observe_windows(captured, layers, calibration, tokenizer, options, bar)
+    windows = choose_windows(captured, calibration, tokenizer, options, bar)
+    observed, source = observe_chosen(captured, layers, windows, calibration is None, options, bar)
     seconds = {
         "capture": captured_at - start,
         "observe": time.perf_counter() - captured_at,
     }
-    return Prepared(captured, layers, observed, source, seconds)
+    return Prepared(captured, layers, observed, source, seconds, windows)
 
 
 def build(prepared: Prepared, form: FormatOptions | Choice, options: CalibrationOptions) -> Program:
@@ -63,38 +78,8 @@ def build(prepared: Prepared, form: FormatOptions | Choice, options: Calibration
     else:
         specs = dict(form.specs([layer.plan.index for layer in prepared.layers]))
     layers = stored_layers(prepared.layers, specs)
-    observed = {
-        i: seen if (rope := layer.plan.kept) is None else behind_rope(seen, rope)
-        for layer in layers
-        if (seen := prepared.observed.get(i := layer.plan.index)) is not None
-    }
     captured = prepared.captured
+    observed = prepared.stored(layers)
     artifact: Artifact = fit_artifact(captured, layers, specs, observed, options, prepared.source)
     specs, tables = artifact.for_model(captured, layers)
     return build_program(captured, layers, specs, tables)
-
-
-def evaluate_widths(
-    prepared: Prepared,
-    bits: Sequence[int],
-    windows: Sequence[Tensor],
-    options: CalibrationOptions,
-    bar: Progress,
-    baselines: bool = True,
-) -> list[Row]:
-    """The table of :mod:`.table` for ours at every width, with the baselines."""
-    programs: dict[str, tuple[int, Program]] = {}
-    for b in bar.each("fit tables", list(bits), len(bits)):
-        start = time.perf_counter()
-        form = FormatOptions(b)
-        programs[f"ours, {b} bits"] = (b, build(prepared, form, options))
-        prepared.seconds[f"fit {b} bits"] = time.perf_counter() - start
-    codecs = baseline_codecs(bits, prepared.observed) if baselines else {}
-    return evaluate_table(
-        prepared.captured,
-        prepared.layers,
-        programs,
-        codecs,
-        windows,
-        lambda items: bar.each("score windows", items, len(items)),
-    )

@@ -76,14 +76,14 @@ def score(
         for ids in track(windows):
             base = reference(ids)[0, :-1]
             targets = ids[0, 1:].to(base.device)
-            sums["original"] += _compare(base, base, targets)
+            sums["original"] += compare(base, base, targets)
             for name, logits in candidates.items():
-                sums[name] += _compare(base, logits(ids)[0, :-1], targets)
+                sums[name] += compare(base, logits(ids)[0, :-1], targets)
     tokens = sum(ids.shape[1] - 1 for ids in windows)
     return {name: _mean(total, len(windows), tokens) for name, total in sums.items()}
 
 
-def _compare(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+def compare(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
     """(mean loss, mean KL, share of equal argmax) of one window, float64 [3]."""
     total = torch.zeros(3, dtype=torch.float64)
     for start in range(0, targets.numel(), _ROWS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         name: of the codec.
-        bits: nominal width; 16 for the original.
+        bits: nominal width, the mean of the keys' and the values'; 16 for the original.
         effective_bits: stored bits per element over a window, everything counted; measured on
             the cache for ours, computed for codecs that store nothing here.
         cache_bytes: of one window's cache, measured for ours; None for the others.
@@ -36,7 +36,7 @@ class Row:
     """
 
     name: str
-    bits: int
+    bits: float
     effective_bits: float
     cache_bytes: int | None
     score: Score
@@ -107,12 +107,12 @@ def evaluate_table(
     candidates |= {
         name: fake_logits(captured, layers, codec) for name, (_, codec) in codecs.items()
     }
-    original = _original_logits(captured)
+    original = original_logits(captured)
     scores = score(original, candidates, windows, track)
     base, tokens = scores["original"].perplexity, windows[0].shape[1]
     rows = [Row("original", 16, 8.0 * captured.dtype.itemsize, None, scores["original"], 0.0)]
     for name, (bits, codec) in codecs.items():
-        effective = _mean_bits(layers, codec, tokens)
+        effective = mean_bits(layers, codec, tokens)
         rows.append(_row(name, bits, effective, None, scores[name], base))
     for name, (bits, _) in programs.items():
         cache = ours[name][1][0]
@@ -127,7 +127,8 @@ def _row(
     return Row(name, bits, effective, cache, result, 100 * (result.perplexity / base - 1))
 
 
-def _original_logits(captured: Captured) -> Logits:
+def original_logits(captured: Captured) -> Logits:
+    """Logits of the captured original, nothing quantised."""
     gm = captured.graph_module
 
     def logits(ids: Tensor) -> Tensor:
@@ -137,22 +138,24 @@ def _original_logits(captured: Captured) -> Logits:
     return logits
 
 
-def _mean_bits(layers: Sequence[MatchedLayer], codec: FakeCodec, tokens: int) -> float:
+def mean_bits(layers: Sequence[MatchedLayer], codec: FakeCodec, tokens: int) -> float:
+    """Effective bits of a codec that stores nothing here, over all layers."""
     plans = [layer.plan for layer in layers]
     sizes = [p.kv_heads * p.key_dim for p in plans]
     bits = [codec.effective_bits(p.kv_heads, p.key_dim, tokens) for p in plans]
     return sum(b * s for b, s in zip(bits, sizes, strict=True)) / sum(sizes)
 
 
-def render(rows: Sequence[Row], title: str) -> Table:
-    """A terminal table."""
-    table = Table(title=title, title_justify="left")
+def render(rows: Sequence[Row], title: str, best: Collection[str] = ()) -> Table:
+    """A terminal table; rows named in ``best`` are marked as such."""
+    caption = "* nothing here has fewer bits and less divergence" if best else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in ("codec", "eff. bits", "perplexity", "loss", "KL (nats)", "top-1"):
         table.add_column(name, justify="left" if name == "codec" else "right")
     for row in rows:
         s = row.score
         table.add_row(
-            row.name,
+            f"{row.name} *" if row.name in best else row.name,
             f"{row.effective_bits:.3f}",
             f"{s.perplexity:.4f}",
             f"{row.loss_percent:+.2f} %",

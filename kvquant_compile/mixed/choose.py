@@ -65,15 +65,24 @@ def mix(
     """
     widths, budget = candidates(layers, choice, request, captured.dtype.itemsize)
     fitted = fit_widths(captured, layers, choice, widths, observed, options, bar)
-    losses = _losses(captured, fitted, request, windows, observed, bar)
+    if request.method == "fisher":
+        losses = fisher_losses(fitted.trips(), observed)
+    else:
+        losses = probe_losses(captured, fitted, windows, bar)
     picks = best_picks(fitted, losses, budget)
-    details = {
-        **source,
-        "fit": asdict(options.fit),
-        "mixed": _record(fitted, request, losses, picks),
-    }
+    mixed = _record(fitted, request, losses, picks)
+    details = {**source, "fit": asdict(options.fit), "mixed": mixed}
     specs, tables = fitted.mixed_formats(picks), fitted.mixed_tables(picks)
     return Artifact.make(captured, layers, specs, tables, details)
+
+
+def probe_losses(
+    captured: Captured, fitted: Fitted, windows: Sequence[Tensor], bar: Progress
+) -> Losses:
+    """Losses of every item at every width, on a few calibration windows' first tokens."""
+    trips = fitted.trips()
+    steps = bar.each("measure sensitivity", list(trips), len(trips))
+    return measured_losses(captured, fitted.layers, trips, probe_windows(windows), steps)
 
 
 def probe_windows(windows: Sequence[Tensor]) -> list[Tensor]:
@@ -91,21 +100,6 @@ def best_picks(fitted: Fitted, losses: Losses, budget: int) -> dict[Item, int]:
     options = allocate(above, [[losses[i][w] for w in widths] for i in items], budget - floor)
     assert options is not None, "the budget covers the least width"
     return {item: widths[option] for item, option in zip(items, options, strict=True)}
-
-
-def _losses(
-    captured: Captured,
-    fitted: Fitted,
-    request: MixedBits,
-    windows: Sequence[Tensor],
-    observed: Mapping[int, Observed],
-    bar: Progress,
-) -> Losses:
-    trips = fitted.trips()
-    if request.method == "fisher":
-        return fisher_losses(trips, observed)
-    steps = bar.each("measure sensitivity", list(trips), len(trips))
-    return measured_losses(captured, fitted.layers, trips, probe_windows(windows), steps)
 
 
 def _record(

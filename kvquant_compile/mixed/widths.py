@@ -54,6 +54,19 @@ class Fitted:
         """What a width is chosen for."""
         return [(layer.plan.index, part) for layer in self.layers for part in PARTS]
 
+    def only(self, widths: Sequence[int]) -> Fitted:
+        """The same at some of its widths."""
+        return replace(
+            self,
+            formats={width: self.formats[width] for width in widths},
+            tables={width: self.tables[width] for width in widths},
+        )
+
+    def extended(self, more: Fitted) -> Fitted:
+        """The same at the widths of another as well."""
+        formats, tables = {**self.formats, **more.formats}, {**self.tables, **more.tables}
+        return replace(self, formats=formats, tables=tables)
+
     def trips(self) -> dict[tuple[Item, int], Trip]:
         """The round trip of every item at every width; no last tokens are exact."""
         return {

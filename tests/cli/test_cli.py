@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
 from kvquant_compile import cli
 from kvquant_compile.demo import ASSETS, PROMPT
+from kvquant_compile.evaluate.results import schema
 from kvquant_compile.runtime.validate import TOLERANCE
 
 MODEL, HELD_OUT = str(ASSETS), str(ASSETS / "heldout.txt")
@@ -40,35 +42,59 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_eval_prints_one_row_per_codec(run: Any, calibration: str) -> None:
-    code, out, _ = run("eval", "--model", MODEL, "--text", HELD_OUT, "--json", "--window", "64",
-                       "--limit", "2", "--bits", "3,16", "--windows", "4",
-                       "--calibration", calibration, "--no-baselines")  # fmt: skip
+def test_eval_prints_results_and_goes_on_from_them(
+    run: Any, calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "64", "--limit", "2",
+               "--bits", "3,16", "--recipes", "kvquant+,bf16", "--windows", "4",
+               "--calibration", calibration, "--results", str(tmp_path / "results.json"),
+               "--json")  # fmt: skip
+    code, out, _ = run(*command)
     record = json.loads(out)
     assert code == 0
-    assert record.keys() == {"model", "text", "window", "windows", "seconds", "rows"}
-    assert (record["text"], record["window"], record["windows"]) == ("heldout.txt", 64, 2)
-    assert {"capture", "observe", "fit 3 bits"} <= record["seconds"].keys()
-    names = [row["name"] for row in record["rows"]]
-    assert names == ["original", "ours, 3 bits", "ours, 16 bits"]
-    fields = {"name", "bits", "effective_bits", "cache_bytes", "score", "loss_percent"}
-    for row in record["rows"]:
-        assert row.keys() == fields
-        assert row["score"].keys() == {"perplexity", "kl", "top1", "windows", "tokens"}
-        assert row["score"]["tokens"] == 126
-    original, three, lossless = record["rows"]
-    assert three["score"]["kl"] > 1e-3 > 1e-5 > lossless["score"]["kl"]
-    assert lossless["score"]["perplexity"] == pytest.approx(original["score"]["perplexity"], 1e-5)
-    assert three["cache_bytes"] < 0.3 * lossless["cache_bytes"]
+    jsonschema.validate(record, schema())
+    found = {
+        (r["identity"]["recipe"], r["identity"]["bits"]): r["value"] for r in record["results"]
+    }
+    assert found.keys() == {("original", ""), ("kvquant+", "3"), ("kvquant+", "16"), ("bf16", "")}
+    assert all(len(value["windows"]) == 2 for value in found.values())
+    kl = {k: sum(w["kl"] for w in value["windows"]) for k, value in found.items()}
+    assert kl["kvquant+", "3"] > 1e-3 > kl["bf16", ""] > 1e-6 > abs(kl["kvquant+", "16"])
+    assert found["kvquant+", "3"]["cache_bytes"] < 0.3 * found["kvquant+", "16"]["cache_bytes"]
+
+    monkeypatch.setattr("kvquant_compile.evaluate.lab.prepare", None)
+    assert run(*command)[:2] == (0, out)
 
 
-def test_eval_prints_a_table(run: Any, calibration: str) -> None:
-    code, out, _ = run("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "64",
-                       "--limit", "1", "--bits", "2", "--windows", "1",
-                       "--calibration", calibration)  # fmt: skip
+def test_eval_prints_tables_and_plots(run: Any, calibration: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "front.svg"
+    code, out, _ = run("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "128",
+                       "--limit", "1", "--bits", "2", "--recipes", "kvquant+,fp8",
+                       "--windows", "1", "--calibration", calibration, "--grid", "--needle",
+                       "--agreement", "8", "--errors", "--plot", str(plot))  # fmt: skip
     assert code == 0
-    for word in ("perplexity", "fp8 e4m3", "int2 per token", "kivi-2", "kvquant-2", "ours, 2 bits"):
-        assert word in out
+    for words in ("perplexity", "kvquant+ 2 *", "fp8 *", "key bits down", "needle in 128 tokens",
+                  "greedy agreement over 8 tokens", "kvquant+ 2: what hurts most"):  # fmt: skip
+        assert words in out
+    assert "Pareto front" in plot.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [(None, None), ("3", 3), ("4,2", (4, 2)), ("2.5", 2.5), ("auto", "auto"), ("16", 16)],
+)
+def test_one_format_as_it_is_spelled(text: str | None, bits: Any) -> None:
+    assert cli._one_format(text) == bits
+
+
+def test_a_budget_chooses_the_widths(run: Any, calibration: str) -> None:
+    code, out, _ = run("explain", "--model", MODEL, "--calibration", calibration, "--windows", "1",
+                       "--bits", "auto", "--budget", "2.5", "--json")  # fmt: skip
+    report = json.loads(out)
+    assert code == 0
+    assert 2.3 < report["totals"]["effective_bits"] <= 2.5
+    assert report["calibration"]["mixed"]["asked"] == "2.5 effective bits"
 
 
 def test_calibrate_then_explain_and_optimize_from_the_artifact(
@@ -131,6 +157,10 @@ def test_selftest_tells_by_its_exit_code(run: Any, monkeypatch: pytest.MonkeyPat
         (("eval", "--model", MODEL, "--text", "no.txt"), "cannot read the text"),
         (("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "1"), "windows of 1 tokens"),
         (("eval", "--model", MODEL, "--text", HELD_OUT, "--bits", "0"), "bits=0"),
+        (("eval", "--model", MODEL, "--text", HELD_OUT, "--bits", "4/x"), "--bits 4/x"),
+        (("eval", "--model", MODEL, "--text", HELD_OUT, "--recipes", "best"), "'best'"),
+        (("eval", "--model", MODEL, "--text", HELD_OUT, "--agreement", "4096"), "--agreement"),
+        (("eval", "--model", MODEL, "--text", HELD_OUT, "--results", HELD_OUT), "cannot go on"),
         (("eval", "--model", MODEL, "--text", HELD_OUT, "--limit", "0"), "limit"),
         (("demo", "--bits", "0"), "bits=0"),
     ],

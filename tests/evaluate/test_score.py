@@ -20,9 +20,9 @@ from kvquant_compile.config import FormatOptions
 from kvquant_compile.evaluate import run, selftest
 from kvquant_compile.evaluate.baselines import Fp8, KVQuantReleased, RoundTrip
 from kvquant_compile.evaluate.fake import FakeCodec, fake_logits
-from kvquant_compile.evaluate.run import Prepared, build, evaluate_widths, prepare
+from kvquant_compile.evaluate.run import Prepared, build, prepare
 from kvquant_compile.evaluate.score import score
-from kvquant_compile.evaluate.table import evaluate_table, program_logits, render
+from kvquant_compile.evaluate.table import baseline_codecs, evaluate_table, program_logits, render
 from kvquant_compile.lowering import ops
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.progress import Progress
@@ -241,7 +241,9 @@ def test_a_fake_codec_reaches_keys_and_values_of_every_layout(keys: bool) -> Non
 def test_the_table_lists_everything_once_and_renders() -> None:
     with Progress(False) as bar:
         source = prepare(tiny("llama"), torch.cat(TEXT), None, OPTIONS, bar)
-        rows = evaluate_widths(source, [4, 2], WINDOWS, OPTIONS, bar)
+    programs = {f"ours, {b} bits": (b, build(source, FormatOptions(b), OPTIONS)) for b in (4, 2)}
+    codecs = baseline_codecs([4, 2], source.observed)
+    rows = evaluate_table(source.captured, source.layers, programs, codecs, WINDOWS)
     names = [row.name for row in rows]
     assert names == ["original", "fp8 e4m3",
                      "int4 per token", "int4 (g32)", "kivi-4 (g64)", "kvquant-4 (code)",
