@@ -1,7 +1,7 @@
 """``kvquant::append`` on a device: one launch that quantises and packs a step's tokens.
 
-Short steps need no other work: every token has programs of its own. Longer ones first find the step
-of every place, in a few launches over the slots alone. Nothing waits for the device.
+Short steps need no other work: every token has programs of its own. Longer ones first find the
+step of every place, in a few launches over the slots alone. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def append(
     batch, heads, steps, _ = key.shape
     feedback = (constants.key_feedback.numel() > 0, constants.value_feedback.numel() > 0)
     tokens = 1 if steps <= SINGLE_STEPS else GROUP_TOKENS
-    spec = AppendSpec(layout, tokens, sinks.shape[2], *feedback, order.numel() > 0,
-                      tokens == 1 < steps)  # fmt: skip
+    shared = tokens == 1 and steps > 1
+    spec = AppendSpec(layout, tokens, sinks.shape[2], *feedback, order.numel() > 0, shared)
     groups = steps if tokens == 1 else 4 * ((steps + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
     grid = (groups, batch * heads, 2)
     scratch = torch.empty(
