@@ -105,7 +105,7 @@ def optimize(
     whole = cast("Bits | Mapping[int, Bits] | None", bits if mixed is None else mixed.placeholder)
     choice = choose(recipe, whole, slots, sinks)
     if given is not None and choice.asked:
-        _check_asked(choice, given)
+        _check_asked(choice, mixed, given)
     options = choice.calibration(options)
     # Gradients are needed in calibration, whatever mode the caller is in.
     with torch.inference_mode(False), evaluation_mode(model), Progress(progress) as bar:
@@ -245,9 +245,9 @@ def _given_artifact(calibration: Any) -> Artifact | None:
     return None
 
 
-def _check_asked(choice: Choice, artifact: Artifact) -> None:
+def _check_asked(choice: Choice, mixed: MixedBits | None, artifact: Artifact) -> None:
     """An artifact has its format; asking for another beside it must not be ignored."""
-    if choice.formats(list(artifact.specs)) != artifact.specs:
+    if mixed is not None or choice.formats(list(artifact.specs)) != artifact.specs:
         raise OptionError(
             "the artifact has another format than was asked for",
             why="its tables were fitted for its own recipe, bits, slots and sinks",

@@ -67,6 +67,7 @@ def evaluate(
         typer.Option("--errors", help="Layer, head, channel.", rich_help_panel=SECTIONS),
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: int = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -85,6 +86,7 @@ def evaluate(
     data = None if calibration is None else read_text(calibration)
     known = Results(results)
     network, tokenizer = load_model(model, dtype)
+    network.to(device)
     with Progress() as bar:
         lab = Lab(network, tokenizer, scored, window, limit, data, options, known, bar)
         rows = lab.scores(points)

@@ -69,6 +69,7 @@ class Lab:
         self.results, self.bar = results, bar
         self.windows = text_windows(text, tokenizer, window, limit)
         self.all_windows = text_windows(text, tokenizer, window)
+        self._runs: dict[int, list[Tensor]] = {}
         self._identity = {
             "model": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -160,11 +161,13 @@ class Lab:
             self.results.put(identity, value)
         return value
 
-    @functools.cache  # noqa: B019 - a laboratory lives as long as its process
     def _greedy(self, tokens: int) -> list[Tensor]:
-        self.bar.stage("greedy continuations of the original")
-        prompts = [ids[:, : max(1, self.window - tokens)] for ids in self.windows[:PROMPTS]]
-        return continuations(self.model, prompts, tokens)
+        """The original's continuations of the first windows' beginnings; made once."""
+        if tokens not in self._runs:
+            self.bar.stage("greedy continuations of the original")
+            prompts = [ids[:, : max(1, self.window - tokens)] for ids in self.windows[:PROMPTS]]
+            self._runs[tokens] = continuations(self.model, prompts, tokens)
+        return self._runs[tokens]
 
     def _scored(self, point: Point) -> list[dict[str, float]]:
         value = self.results.get(self.identity("score", point))

@@ -14,7 +14,7 @@ from kvquant_compile.calib.observe import Observed
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.mixed.knapsack import allocate
-from kvquant_compile.mixed.measure import Losses, fisher_losses, measured_losses
+from kvquant_compile.mixed.measure import Losses, fisher_losses, measured_losses, no_gradients
 from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.mixed.widths import Fitted, Item, candidates, fit_widths
 from kvquant_compile.passes.recognise import MatchedLayer
@@ -40,6 +40,8 @@ def calibrate_mixed(
         KVQuantError: the budget is too small, or the data is unusable.
     """
     candidates(layers, choice, request, captured.dtype.itemsize)  # refuse before work is done
+    if request.method == "fisher" and not options.fit.sensitivity:
+        raise no_gradients()
     windows = choose_windows(captured, data, tokenizer, options, bar)
     observed, source = observe_chosen(captured, layers, windows, data is None, options, bar)
     return mix(captured, layers, choice, request, windows, observed, options, source, bar)

@@ -109,12 +109,17 @@ def head_losses(trip: Trip, seen: Observed, part: str) -> Tensor:
         (seen.keys, seen.key_gradients) if part == KEYS else (seen.values, seen.value_gradients)
     )
     if grad is None:
-        raise OptionError(
-            "the Fisher information is not known",
-            why='calibration ran with sensitivity="none", or the recipe stores keys after RoPE',
-            do='Calibrate with gradients, or pass allocation="measured".',
-        )
+        raise no_gradients()
     some = x[None, :, :PROXY_TOKENS].float()
     error = (trip(some) - some)[0]
     moment = grad.transpose(1, 2) @ grad / grad.shape[1]
     return 0.5 * (error * (error @ moment)).mean(1)
+
+
+def no_gradients() -> OptionError:
+    """The error for a proxy without what it is made of."""
+    return OptionError(
+        "the Fisher information is not known",
+        why='calibration takes no gradients with sensitivity="none", nor for recipes of blocks',
+        do='Calibrate with gradients, or pass allocation="measured".',
+    )

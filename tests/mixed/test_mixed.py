@@ -170,8 +170,11 @@ def test_a_mixture_is_saved_with_its_tables(tmp_path: Path) -> None:
             outputs.append(each(ids).logits)
     assert torch.equal(*outputs)
     assert widths(kvquant_compile.explain(again)) == widths(kvquant_compile.explain(model))
-    with pytest.raises(OptionError, match="another format"):
-        kvquant_compile.optimize(tiny("llama"), 2.5, calibration=tmp_path / "mixed.safetensors")
+    two = kvquant_compile.optimize(tiny("llama"), 2, calibration=TEXT)
+    for made in (model, two):
+        with pytest.raises(OptionError, match="another format"):
+            tables = kvquant_compile.artifact(made)
+            kvquant_compile.optimize(tiny("llama"), 2.5, calibration=tables)
 
 
 def test_what_cannot_be_met_is_refused_first() -> None:
@@ -179,6 +182,10 @@ def test_what_cannot_be_met_is_refused_first() -> None:
         explained("auto", budget=0.5)
     with pytest.raises(OptionError, match="fp8"):
         explained(2.5, recipe="fp8")
+    with pytest.raises(OptionError, match="Fisher"):
+        explained(2.5, allocation="fisher", sensitivity="none")
+    with pytest.raises(OptionError, match="Fisher"):
+        explained(2.5, allocation="fisher", recipe="rotatekv")
 
 
 def test_keys_that_depend_on_the_values_width_are_refused() -> None:
