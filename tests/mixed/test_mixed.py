@@ -172,8 +172,8 @@ def test_a_mixture_is_saved_with_its_tables(tmp_path: Path) -> None:
     assert widths(kvquant_compile.explain(again)) == widths(kvquant_compile.explain(model))
     two = kvquant_compile.optimize(tiny("llama"), 2, calibration=TEXT)
     for made in (model, two):
+        tables = kvquant_compile.artifact(made)
         with pytest.raises(OptionError, match="another format"):
-            tables = kvquant_compile.artifact(made)
             kvquant_compile.optimize(tiny("llama"), 2.5, calibration=tables)
 
 
