@@ -60,4 +60,9 @@ FEATURES = {
     "own tokens from pages": replace(BASE, exact=False),
     "window, steps, own tokens": replace(BASE, steps=3, exact=False, rep=2, window=40),
     "peaked": replace(BASE, sharpness=16.0),
+    "a step over a page's edge": replace(BASE, steps=2, rep=2, exact=False, lengths=(127,), seed=1),
+    "large scores": replace(
+        BASE, spec=CodecSpec(2, 1, 0, 0, False, 0), dims=(32, 32), rope=None, rep=8, heads=8,
+        lengths=(2,) * 8, sharpness=64.0,
+    ),
 }  # fmt: skip

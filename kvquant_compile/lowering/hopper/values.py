@@ -26,8 +26,13 @@ from kvquant_compile.lowering.hopper.visibility import HIDDEN
 from kvquant_compile.lowering.hopper.writer import KernelWriter, approximate, registers
 from kvquant_compile.lowering.triton.spec import table_bias
 
-LOG2_ONE = 15.99997798605
-"""log2 of 65535, the fixed-point one."""
+LOG2_ONE = 15.98815209769
+"""log2 of 65000, the fixed-point one: below 2**16 by more than the rounding of large scores, which
+would carry the largest weight out of its two bytes."""
+
+LOWEST = "-1e13"
+"""Below it a page's largest score is a hidden token's, and products of those with a unit are not to
+be subtracted: their rounding alone is enormous."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class ValueEmitter:
         out(f"high = s{group}_0", *(f"high = gl.maximum(high, s{group}_{j})" for j in range(1, 8)))
         reduce_lanes(out, "high", "gl.maximum({}, {})")
         out(
-            f"high = high * {unit}",
+            f"high = gl.maximum(high * {unit}, {LOWEST})",
             "ground = high - room",
             f"top = high + level{group} * {unit}" if level else "top = high",
             "page_mass = zero", "page_flat = zero",
