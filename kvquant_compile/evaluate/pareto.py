@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from kvquant_compile.errors import OptionError
 from kvquant_compile.evaluate.points import ORIGINAL
 from kvquant_compile.evaluate.table import Row
+
+_LEAST = 1e-8  # what a logarithmic axis shows of nothing
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
@@ -33,19 +34,20 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         OptionError: matplotlib is not installed, or the file cannot be written.
     """
     figure, axes = _subplots()
-    recipes = itertools.groupby(
-        (row for row in rows if row.name != ORIGINAL), key=lambda row: row.name.split(" ")[0]
-    )
-    for number, (recipe, group) in enumerate(recipes):
-        members = sorted(group, key=lambda row: row.effective_bits)
+    for number, (series, members) in enumerate(_series(rows).items()):
         bits = [row.effective_bits for row in members]
-        style = {"marker": "o", "markersize": 3.5, "linewidth": 1, "color": f"C{number % 10}"}
-        style["marker"] = "os^Dv"[number // 2 % 5]
-        axes[0].semilogy(bits, [row.score.kl for row in members], label=recipe, **style)
-        axes[1].plot(bits, [row.loss_percent for row in members], label=recipe, **style)
+        style = {
+            "marker": "os^Dv"[number % 5],
+            "markersize": 3.5,
+            "linewidth": 1,
+            "color": f"C{number % 10}",
+            "label": series,
+        }
+        axes[0].semilogy(bits, [max(row.score.kl, _LEAST) for row in members], **style)
+        axes[1].plot(bits, [row.loss_percent for row in members], **style)
     best = front(rows)
     axes[0].semilogy(
-        [row.effective_bits for row in best], [row.score.kl for row in best],
+        [row.effective_bits for row in best], [max(row.score.kl, _LEAST) for row in best],
         color="black", linewidth=4, alpha=0.12, label="Pareto front",
     )  # fmt: skip
     axes[0].set(ylabel="KL to the original, nats")
@@ -63,6 +65,17 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         raise OptionError(
             f"--plot {path}", why=str(error), do="Name a .svg, .png or .pdf file."
         ) from error
+
+
+def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by recipe, mixtures of widths on their own, each by effective bits."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.effective_bits):
+        recipe, _, bits = row.name.partition(" ")
+        if row.name != ORIGINAL:
+            mixed = "." in bits or "auto" in bits
+            found.setdefault(f"{recipe} mixed" if mixed else recipe, []).append(row)
+    return found
 
 
 def _subplots() -> tuple[Any, Any]:
