@@ -147,6 +147,23 @@ def compiling(record: Record) -> str:
     return f"{table}\n\n{count} kernels compiled for {record['layers']} layers."
 
 
+def chunks(record: Record) -> str:
+    """Milliseconds of a chunk's attention over a quantised history, and shares of 16-bit speed."""
+    lines = []
+    for row in (r for r in record["rows"] if "chunk" in r):
+        flash, best = (
+            row["flash bf16"]["us"],
+            min(row[p]["us"] for p in ("flash bf16", "cudnn bf16")),
+        )
+        cells = [f"{row[p]['us'] / 1e3:.2f}" for p in ("flash bf16", "cudnn bf16")]
+        for name in ("3 bits, plain", "3 bits, default"):
+            us = row[name]["us"]
+            cells.append(f"{us / 1e3:.2f} · {flash / us:.2f}x · {best / us:.2f}x")
+        lines.append([f"{row['chunk']:,} over {row['history']:,}", *cells])
+    head = ["chunk over history", "flash bf16", "cudnn bf16", "3 bit", "3 bit default"]
+    return markdown(head, lines)
+
+
 KINDS: dict[str, Callable[[Record], str]] = {
     "decode": decode,
     "summary": summary,
@@ -154,6 +171,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "model": model,
     "prefill": prefill,
     "compile": compiling,
+    "chunks": chunks,
 }
 
 

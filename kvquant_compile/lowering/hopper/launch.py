@@ -95,7 +95,9 @@ def programs_per_multiprocessor(spec: HopperSpec) -> int:
     """How many programs fit: by shared memory, and by the registers that sums and queries take."""
     by_memory = 227 * 1024 // (Memory(spec).size + 1024 + 512 * 4)
     wide = spec.groups * max(spec.key_groups, spec.value_groups)
-    by_registers = 3 if wide <= 4 else 2
+    codec = spec.layout.spec
+    light = max(codec.key_bits, codec.value_bits) <= 2 and not codec.key_slots + codec.value_slots
+    by_registers = 4 if light and wide <= 4 else 3 if wide <= 4 else 2
     return max(1, min(by_memory, by_registers))
 
 

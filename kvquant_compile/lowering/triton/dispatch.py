@@ -60,9 +60,7 @@ def use_hopper(layout: Layout, device: torch.device) -> bool:
     """Whether decode steps run the back end for NVIDIA Hopper and later."""
     from kvquant_compile.lowering.hopper import launch
 
-    return (
-        choice() == "auto" and isinstance(layout, PageLayout) and launch.applies(layout, device)
-    )
+    return choice() == "auto" and isinstance(layout, PageLayout) and launch.applies(layout, device)
 
 
 def use_kernels(x: Tensor, format: str) -> bool:
