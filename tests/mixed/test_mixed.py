@@ -29,7 +29,7 @@ from kvquant_compile.progress import Progress
 from kvquant_compile.recipes import Affine, Recipe
 from kvquant_compile.recipes.choice import choose, stored_layers
 from kvquant_compile.runtime.program import build_program
-from tests.zoo import tiny, tokens
+from tests.zoo import decoder, tiny, tokens
 
 TEXT = tokens(4, 160, seed=7)
 WINDOWS = list(TEXT.split(1))
@@ -157,6 +157,15 @@ def test_recipes_are_mixed(recipe: str) -> None:
     low, high = (explained(b, recipe=recipe).bytes_per_token for b in (2, 3))
     assert low < report.bytes_per_token <= (low + high) / 2
     assert report.calibration["mixed"]["expected_kl"] > 1e-4
+
+
+def test_hand_written_decoders_are_mixed() -> None:
+    """Keys and values that a decoder keeps in a layout of its own."""
+    model = decoder("MatmulDecoder").eval()
+    kvquant_compile.optimize(model, 2.5, calibration=TEXT, example_inputs=(tokens(), None))
+    losses = kvquant_compile.explain(model).calibration["mixed"]["losses"]
+    assert all(by_width["2"] > by_width["4"] > 0 for by_width in losses.values())
+    assert len(set(widths(kvquant_compile.explain(model)))) > 1
 
 
 def test_a_mixture_is_saved_with_its_tables(tmp_path: Path) -> None:
