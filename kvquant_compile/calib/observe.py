@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.capture.state_leaf import STATES
+from kvquant_compile.capture.leaves import STATES
 from kvquant_compile.errors import UnsupportedModelError
 from kvquant_compile.passes.head_view import HeadView
 from kvquant_compile.passes.recognise import MatchedLayer

@@ -55,21 +55,38 @@ def audit_graph(graph: fx.Graph, seen: Firings) -> None:
             f" {len(appends)} and {len(attends)}",
             do="Report the model.",
         )
+    read = set()
     for attend in attends:
-        sources = [getattr(arg, "args", (None,))[0] for arg in attend.args[1:3]]
-        if sources[0] is not sources[1] or sources[0] not in appends:
+        sources = _appends_before(attend.args[1:3])
+        if len(sources) != 1:
             raise UnsupportedLayerError(
                 "an attention layer cannot be captured",
                 where=f"layer {attend.args[5]}",
-                why="the keys and values it attends to are not the cache's as appended, but"
-                " computed from them (as in multi-head latent attention)",
-                do="Such layers are not supported.",
+                why=f"what it attends to comes from {len(sources)} cache layers",
+                do="Report the model.",
             )
+        read |= sources
     for append in appends:
-        if not any(user in attends for part in append.users for user in part.users):
+        if append not in read:
             raise UnsupportedLayerError(
                 "a cache layer cannot be captured",
                 where=f"layer {append.args[2]}",
                 why="its keys and values are appended but no attention reads them",
                 do="Report the model.",
             )
+
+
+def _appends_before(nodes: tuple[object, ...]) -> set[fx.Node]:
+    """The nearest appends that tensors come from."""
+    found: set[fx.Node] = set()
+    pending = [node for node in nodes if isinstance(node, fx.Node)]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.target is APPEND:
+            found.add(node)
+            continue
+        new = [i for i in node.all_input_nodes if i not in seen]
+        pending += new
+        seen.update(new)
+    return found

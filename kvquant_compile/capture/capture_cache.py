@@ -10,19 +10,21 @@ from typing import Any
 
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
+from kvquant_compile.capture.leaves import Watch, WatchedCache
 from kvquant_compile.capture.markers import APPEND
 from kvquant_compile.capture.mask_kind import MaskKind
-from kvquant_compile.capture.state_leaf import Watch, WatchedCache
 from kvquant_compile.errors import UnsupportedModelError
 
-# Not every supported transformers has all of these.
-KEYLESS_LAYERS = tuple(
-    getattr(cache_utils, name)
-    for name in ("DummyLayer", "LinearAttentionLayer")
-    if hasattr(cache_utils, name)
-)
+# Layers without keys and values of their own; transformers before 5.20 has no DummyLayer.
+KEYLESS_LAYERS = (getattr(cache_utils, "DummyLayer", LinearAttentionLayer), LinearAttentionLayer)
 
 _HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 _PLAIN_UPDATES: set[Any] = {DynamicLayer.update, DynamicSlidingWindowLayer.update}
@@ -37,6 +39,8 @@ class Firings:
         masks: what every mask means, attended with or not; models make some that they never use.
         made: the masks themselves, in an eager run.
         attended: places in ``masks`` of those that an attention was given.
+        appended: what the appends gave back, in an eager run.
+        derived: whether keys or values are attended that are computed from what a cache holds.
         watch: the modules that keep a state.
         replaying, replayed: while tracing, the place of the next answer in ``masks``.
     """
@@ -46,9 +50,16 @@ class Firings:
     masks: list[MaskKind] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     attended: set[int] = field(default_factory=set)
+    appended: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    derived: bool = False
     watch: Watch = field(default_factory=Watch)
     replaying: bool = False
     replayed: int = 0
+
+    def restart(self) -> None:
+        """Before another trace."""
+        self.appends = self.attends = self.replayed = 0
+        self.appended.clear()
 
 
 class CaptureLayer(DynamicLayer):
@@ -64,7 +75,9 @@ class CaptureLayer(DynamicLayer):
         """Mark the append; k [B, Hkv, S, D] and v [B, Hkv, S, Dv]."""
         self.seen.appends += 1
         self.new = key_states.shape[-2]
-        return APPEND(key_states, value_states, self.index, self.past)
+        whole = APPEND(key_states, value_states, self.index, self.past)
+        self.seen.appended.append(whole)
+        return whole
 
     def get_seq_length(self) -> int:
         """Tokens before and, once updated, in this call."""

@@ -56,6 +56,11 @@ class Captured:
     cache_layout: CacheLayout | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def data_input(self) -> fx.Node:
+        """The graph input that carries the tokens."""
+        return self.placeholder("ids" if self.convention == "functional" else "hidden")
+
     def placeholder(self, name: str) -> fx.Node:
         """The graph input of that name."""
         for node in self.graph_module.graph.find_nodes(op="placeholder"):

@@ -54,6 +54,7 @@ def _attention_marker(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     _active.attends += 1
     _note_mask(attention_mask)
+    _active.derived |= not any(key is k and value is v for k, v in _active.appended)
     out = ATTEND(
         query, key, value, attention_mask, sinks, layer,
         float(scale), float(softcap or 0.0), int(window or 0), bool(causal),

@@ -7,7 +7,7 @@
 ``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?)``
     returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi).
 ``stateful(inputs, like, leaf) -> Tensor``
-    stands for a module with a state while tracing (see :mod:`.state_leaf`); never runs.
+    stands for a module with a state while tracing (see :mod:`.leaves`); never runs.
 
 Fake implementations pretend that ``past`` is 0: every length is then S, and the past length never
 enters a shape of the captured graph, where it would leave guards such as ``past + S != 1``.

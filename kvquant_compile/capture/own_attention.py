@@ -1,24 +1,30 @@
-"""Capture of transformers models whose attention is code of their own.
+"""Export of transformers models with the cache's tensors as inputs, as of hand-written decoders.
 
-No marker fires in them. They are exported with the cache's tensors as inputs instead, as
-hand-written decoders are; appends are then the concatenations with these inputs, and attention is
-found by what it computes.
+Appends are then the concatenations with these inputs. It serves models whose attention is code of
+their own, where no marker fires and attention is found by what it computes; and models that
+compute with what they have cached before they attend to it, whose shapes must be the true ones.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvquant_compile.capture.attention_sites import mark_attention
 from kvquant_compile.capture.cache_inputs import mark_appends
-from kvquant_compile.capture.capture_cache import Firings, capture_cache
+from kvquant_compile.capture.capture_cache import (
+    CaptureHybridLayer,
+    CaptureLayer,
+    Firings,
+    capture_cache,
+)
 from kvquant_compile.capture.captured import CacheLayout
 from kvquant_compile.capture.cleanup import flat_graph
 from kvquant_compile.capture.mask_kind import MaskKind
@@ -36,75 +42,118 @@ class _Flat(nn.Module):
     def forward(
         self, hidden: Tensor, attention_mask: Tensor, position_ids: Tensor, caches: list[Tensor]
     ) -> list[Tensor]:
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
         cache = plain_cache(self.config, caches)
+        out = self.step(hidden, attention_mask, position_ids, cache)
+        return [out, *_tensors(cache)]
+
+    def step(
+        self, hidden: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """The last hidden state; the cache grows."""
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
         out = self.backbone(
             inputs_embeds=hidden,
             past_key_values=cache,
             use_cache=True,
             **{name: value for name, value in inputs.items() if name in self.takes},
         )
-        grown = [t for layer in _filled(cache) for t in (layer.keys, layer.values)]
-        return [out.last_hidden_state, *grown]
+        return out.last_hidden_state
 
 
 def plain_cache(config: Any, caches: list[Tensor]) -> DynamicCache:
     """A cache of plain layers, windowed ones too, that hold the given keys and values.
 
+    Layers with nothing but a recurrent state stay, and have no tensors among the given.
+
     Raises:
         UnsupportedModelError: a layer keeps another state than keys and values.
     """
     cache = capture_cache(config, 0, Firings())
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+    if any(isinstance(layer, CaptureHybridLayer) for layer in cache.layers):
         raise UnsupportedModelError(
             "the model cannot be captured",
-            why="it computes attention in code of its own, beside layers with a recurrent state",
+            why="a layer keeps keys, values and a recurrent state, and its attention is code of"
+            " its own, or attends to keys that are computed from the cached ones",
             do="Report the model.",
         )
-    pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    count = max(len(cache.layers), len(pairs))
-    cache.layers = [DynamicLayer() for _ in range(count)]
-    for i, (keys, values) in enumerate(pairs):
-        cache.layers[i] = layer = DynamicLayer()
+    cache.layers = [
+        DynamicLayer() if isinstance(layer, CaptureLayer) else layer for layer in cache.layers
+    ]
+    missing = len(caches) // 2 - len(_plain(cache))
+    cache.layers += [DynamicLayer() for _ in range(missing)]
+    pairs = zip(caches[::2], caches[1::2], strict=True)
+    for (_, layer), (keys, values) in zip(_plain(cache), pairs, strict=False):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
     return cache
 
 
-def _filled(cache: DynamicCache) -> list[DynamicLayer]:
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    return [layer for layer in layers if layer.is_initialized]
+def _plain(cache: DynamicCache) -> list[tuple[int, DynamicLayer]]:
+    return [(i, x) for i, x in enumerate(cache.layers) if isinstance(x, DynamicLayer)]
 
 
-def export_own(
-    backbone: PreTrainedModel, config: Any, inputs: tuple[Any, ...], before: tuple[Any, ...]
-) -> tuple[torch.export.ExportedProgram, CacheLayout]:
-    """Export the backbone behind a cache that holds some tokens.
+def _filled(cache: DynamicCache) -> list[tuple[int, DynamicLayer]]:
+    return [(i, layer) for i, layer in _plain(cache) if layer.is_initialized]
+
+
+def _tensors(cache: DynamicCache) -> list[Tensor]:
+    pairs = [(layer.keys, layer.values) for _, layer in _filled(cache)]
+    return [tensor for pair in pairs for tensor in pair if tensor is not None]
+
+
+@dataclass(frozen=True)
+class CacheInputs:
+    """Keys and values of some tokens, as inputs of an export, and how they are laid out."""
+
+    tensors: list[Tensor]
+    layout: CacheLayout
+
+
+def cache_inputs(backbone: PreTrainedModel, config: Any, before: tuple[Any, ...]) -> CacheInputs:
+    """What the model's own layers cache of some tokens.
 
     Args:
         backbone: of the model, in evaluation mode.
         config: of its text decoder.
+        before: (hidden, attention_mask, position_ids) of the tokens.
+
+    Raises:
+        UnsupportedLayerError: a layer caches tensors of other axes than [B, heads, S, width].
+    """
+    flat = _Flat(backbone, config)
+    cache = plain_cache(config, [])
+    hidden, attention_mask, position_ids = before
+    flat.step(hidden, attention_mask, position_ids, cache)
+    filled = _filled(cache)
+    tensors = [tensor.clone() for tensor in _tensors(cache)]
+    _check_axes(tensors, before[0].shape)
+    leaves = tuple((i, name) for i, _ in filled for name in ("key", "value"))
+    return CacheInputs(tensors, CacheLayout(None, leaves, (True,) * len(leaves)))
+
+
+def export_with_cache(
+    backbone: PreTrainedModel, config: Any, inputs: tuple[Any, ...], caches: CacheInputs
+) -> torch.export.ExportedProgram:
+    """Export the backbone behind a cache that holds some tokens.
+
+    Args:
+        backbone, config: as of :func:`cache_inputs`.
         inputs: (hidden, attention_mask, position_ids) of the traced step.
-        before: the same of the tokens before it.
+        caches: of the tokens before it.
 
     Raises:
         Exception: whatever the model or the exporter raises.
     """
-    flat = _Flat(backbone, config)
-    _, *caches = flat(*before, [])
-    leaves = tuple((i // 2, "value" if i % 2 else "key") for i in range(len(caches)))
-    _check_axes(caches, before[0].shape)
     two = {0: Dim.AUTO, 1: Dim.AUTO}
     shapes = {"hidden": two, "attention_mask": two, "position_ids": two,
-              "caches": [{0: Dim.AUTO, 2: Dim.AUTO} for _ in caches]}  # fmt: skip
-    program = torch.export.export(
-        flat,
-        (*inputs, [t.clone() for t in caches]),
+              "caches": [{0: Dim.AUTO, 2: Dim.AUTO} for _ in caches.tensors]}  # fmt: skip
+    return torch.export.export(
+        _Flat(backbone, config),
+        (*inputs, caches.tensors),
         dynamic_shapes=shapes,
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    return program, CacheLayout(None, leaves, (True,) * len(caches))
 
 
 def _check_axes(caches: list[Tensor], step: torch.Size) -> None:

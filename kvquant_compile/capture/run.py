@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvquant_compile.capture.leaves import STATES, new_states
 from kvquant_compile.capture.markers import APPEND
-from kvquant_compile.capture.state_leaf import STATES, new_states
 
 Store = dict[int | str, Any]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,19 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from kvquant_compile.capture.audit import audit_firings, audit_graph
+from kvquant_compile.capture.cache_inputs import mark_appends
 from kvquant_compile.capture.capture_cache import Firings, capture_cache
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
 from kvquant_compile.capture.hf_hooks import attention_by, markers_in
 from kvquant_compile.capture.hf_selfcheck import embedding_width, self_check
-from kvquant_compile.capture.own_attention import export_own, marked_graph
-from kvquant_compile.capture.state_leaf import StateLeaf, call_leaves, opaque, watching
+from kvquant_compile.capture.leaves import Leaf, Watch, call_leaves, opaque, watching
+from kvquant_compile.capture.own_attention import (
+    cache_inputs,
+    export_with_cache,
+    marked_graph,
+)
+from kvquant_compile.capture.slices_written import written_slices_as_values
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
 
 # Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
@@ -65,6 +71,8 @@ def capture_transformers(model: PreTrainedModel) -> Captured:
         seen = _eager_run(model, backbone, parameter)
         if seen.attends < seen.appends:
             gm, seen = _own_attention(model, backbone, parameter)
+        elif seen.derived:
+            gm = _derived_keys(model, backbone, parameter, seen)
         else:
             program, leaves = _export(model, backbone, parameter, seen)
             gm = flat_graph(program)
@@ -175,32 +183,77 @@ def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) 
 
 def _export(
     model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, eager: Firings
-) -> tuple[torch.export.ExportedProgram, list[StateLeaf]]:
+) -> tuple[torch.export.ExportedProgram, list[Leaf]]:
     config = _text_config(backbone)
     tracing = Firings(masks=eager.masks, replaying=True)
     two = {0: Dim.AUTO, 1: Dim.AUTO}
     shapes = {"hidden": two, "attention_mask": two, "position_ids": two, "past": Dim.DYNAMIC}
-    marked = markers_in(model, tracing)
-    with _export_errors(model), marked, opaque(eager.watch, config) as leaves:
-        program = torch.export.export(
-            _Flat(backbone, config, tracing),
-            _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
-            dynamic_shapes=shapes,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-    return program, leaves
+
+    def export() -> torch.export.ExportedProgram:
+        with markers_in(model, tracing):
+            return torch.export.export(
+                _Flat(backbone, config, tracing),
+                _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+
+    with _export_errors(model):
+        return _with_leaves(export, tracing, eager.watch, backbone, config)
+
+
+def _with_leaves(
+    export: Callable[[], torch.export.ExportedProgram],
+    tracing: Firings,
+    watch: Watch,
+    backbone: PreTrainedModel,
+    config: Any,
+) -> tuple[torch.export.ExportedProgram, list[Leaf]]:
+    """Export with the watch's modules as leaves, and with those that the tracer fails in."""
+    watch.traced = True
+    while True:
+        tracing.restart()
+        try:
+            with opaque(watch, config) as leaves, watching(backbone, watch):
+                return export(), leaves
+        except Exception as error:
+            if "data-dependent" not in str(error) or not watch.exclude():
+                raise
 
 
 def _own_attention(
     model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor
 ) -> tuple[fx.GraphModule, Firings]:
     """The marked graph of a model whose attention is code of its own."""
-    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3]
+    step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
     before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
     with _export_errors(model), attention_by(backbone, "eager"):
-        program, layout = export_own(backbone, _text_config(backbone), step, before)
-    return marked_graph(program, layout)
+        caches = cache_inputs(backbone, config, before)
+        program = export_with_cache(backbone, config, step, caches)
+    return marked_graph(program, caches.layout)
+
+
+def _derived_keys(
+    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, eager: Firings
+) -> fx.GraphModule:
+    """The marked graph of a model that computes keys and values from what it has cached."""
+    step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
+    before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
+    tracing = Firings(masks=eager.masks, replaying=True)
+    with _export_errors(model):
+        caches = cache_inputs(backbone, config, before)
+
+        def export() -> torch.export.ExportedProgram:
+            with markers_in(model, tracing):
+                return export_with_cache(backbone, config, step, caches)
+
+        program, leaves = _with_leaves(export, tracing, eager.watch, backbone, config)
+    gm = flat_graph(program, all_outputs=True)
+    written_slices_as_values(gm)
+    mark_appends(gm, caches.layout)
+    call_leaves(gm, leaves)
+    return gm
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import fx
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.edit import add_call, add_transpose
 from kvquant_compile.capture.markers import APPEND, ATTEND
+from kvquant_compile.passes.absorb import absorb
 from kvquant_compile.passes.masks import attend_plan
 from kvquant_compile.passes.prove import Proof, Prover
 from kvquant_compile.passes.taint import float_value
@@ -43,13 +44,16 @@ class MatchedLayer:
 def recognise(captured: Captured) -> tuple[MatchedLayer, ...]:
     """Match every append of a captured graph, in graph order.
 
-    Only adds view and transpose nodes to the graph, and only where a key is needed in another
-    layout. A rotation that cannot be moved behind the cache is no error: the layer's plan then
-    has no rope and says why in ``refusal``.
+    Expansions of cached latents are absorbed first (:mod:`.absorb`). Else only view and transpose
+    nodes are added, and only where a key is needed in another layout. A rotation that cannot be
+    moved behind the cache is no error: the layer's plan then has no rope and says why in
+    ``refusal``.
 
     Raises:
-        UnsupportedLayerError: an attention has a mask that a cache cannot serve.
+        UnsupportedLayerError: an attention has a mask that a cache cannot serve, or attends to
+            something that is computed from what is cached, but by no linear map.
     """
+    absorb(captured)
     prover = Prover(captured)
     graph = captured.graph_module.graph
     matched = tuple(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvquant_compile.capture.state_leaf import STATES
+from kvquant_compile.capture.leaves import Leaf
 from kvquant_compile.lowering.triton.prepared import page_addresses
 from kvquant_compile.passes.rewrite import CONSTANT_PREFIX
 from kvquant_compile.runtime.cache import QuantizedCache
@@ -230,8 +230,8 @@ class DecodeGraphs:
 
 def _refusal(program: Program) -> str:
     """What in the program itself rules a graph out."""
-    if STATES in program.inputs:
-        return "layers of the model keep a recurrent state, which its own modules advance"
+    if any(isinstance(module, Leaf) for module in program.graph_module.children()):
+        return "modules of the model run as they are: with a recurrent state, or control flow"
     used = [name for name in _CHANGING if name in program.inputs]
     if used:
         return f"the model computes with {' and '.join(used)} on the host"

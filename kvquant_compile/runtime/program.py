@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.capture.state_leaf import STATES, new_states
+from kvquant_compile.capture.leaves import STATES, new_states
 from kvquant_compile.codec.formats import Format, Layout, Tables
 from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.passes.device_past import COLUMNS

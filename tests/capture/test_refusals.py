@@ -95,16 +95,6 @@ def test_unknown_attention_arguments_are_refused():
         capture(model)
 
 
-def test_multi_head_latent_attention_is_refused():
-    model = zoo.tiny(
-        "deepseek_v3", kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
-        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-        moe_intermediate_size=16, num_key_value_heads=4, first_k_dense_replace=2,
-    )  # fmt: skip
-    with pytest.raises(UnsupportedLayerError):
-        capture(model)
-
-
 def test_functional_models_need_example_inputs():
     with pytest.raises(OptionError, match="example_inputs"):
         capture(zoo.decoder("SdpaDecoder"))

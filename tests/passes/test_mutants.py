@@ -11,8 +11,8 @@ from torch import fx
 from kvquant_compile.capture import APPEND, Captured
 from kvquant_compile.capture.ops import op_name
 from kvquant_compile.capture.run import Evaluator
-from kvquant_compile.passes import recognise
 from kvquant_compile.capture.stand_ins import input_values
+from kvquant_compile.passes import recognise
 from kvquant_compile.passes.prove import Prover
 from kvquant_compile.passes.taint import rotation_site, taint
 from tests import zoo

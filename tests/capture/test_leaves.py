@@ -9,8 +9,8 @@ import torch
 
 import kvquant_compile
 from kvquant_compile.capture import capture
+from kvquant_compile.capture.leaves import Leaf
 from kvquant_compile.capture.run import run_marked
-from kvquant_compile.capture.state_leaf import StateLeaf
 from kvquant_compile.errors import CacheError
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.runtime.installed import installed
@@ -36,7 +36,7 @@ def _logits(model, ids, cache):
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_hybrids_are_rewritten_and_validated(model_type):
     captured = capture(build(model_type))
-    assert any(isinstance(m, StateLeaf) for m in captured.graph_module.children())
+    assert any(isinstance(m, Leaf) for m in captured.graph_module.children())
     layers = recognise(captured)
     assert layers
     assert max(validate_lossless(captured, layers).values()) < 1e-5
