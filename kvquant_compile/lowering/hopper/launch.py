@@ -17,6 +17,9 @@ from kvquant_compile.lowering.hopper.spec import COLUMN_GROUP, HopperSpec, Memor
 from kvquant_compile.lowering.triton.compat import interpreting
 from kvquant_compile.lowering.triton.prepared import page_addresses
 
+ARCHITECTURES = (9, 10)
+"""Major compute capabilities of the data-centre GPUs whose shared memory the kernels count on."""
+
 COUNTER_WORDS = 256
 """Counters of different heads must not share a memory sector: same-sector atomics queue up."""
 
@@ -25,7 +28,7 @@ def applies(layout: PageLayout, device: torch.device) -> bool:
     """Whether this back end runs a format on a device."""
     if device.type != "cuda" or torch.version.hip or interpreting() or unsupported(layout):
         return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return torch.cuda.get_device_capability(device)[0] in ARCHITECTURES
 
 
 def hopper_spec(

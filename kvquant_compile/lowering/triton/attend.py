@@ -55,13 +55,13 @@ def attend(
     Products are float16 with float32 sums, whatever the dtype of the query.
     """
     layout = cache.layout
-    constants = prepared(layout, cache.tables, cache.geometry)
     query, key, value = (_rows(x) for x in (query, key, value))
     if query.shape[2] > OWN_STEPS:
         return prefill.attend(query, key, value, slots, history, cache, site, exact_chunk)
     if use_hopper(layout, query.device):
         return launch.attend(query, key, value, slots, history, cache, site, exact_chunk)
     partial, partial_lse = _attend_pages(query, slots, history, cache, site, exact_chunk)
+    constants = prepared(layout, cache.tables, cache.geometry)
     return _merge(
         partial, partial_lse, query, key, value, slots, history, cache, site, constants, layout,
         exact_chunk,
