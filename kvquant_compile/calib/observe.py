@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.embedding import embedded
 from kvquant_compile.capture.leaves import STATES
 from kvquant_compile.errors import UnsupportedModelError
 from kvquant_compile.passes.head_view import HeadView
@@ -137,12 +138,12 @@ def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Te
         return run(ids, 0)
     backbone: Any = captured.backbone
     positions = torch.arange(ids.shape[1], device=ids.device)
-    hidden = backbone.get_input_embeddings()(ids)
+    fed = embedded(backbone, ids)
     if torch.is_grad_enabled():
-        hidden = hidden.detach().requires_grad_()
+        fed["hidden"] = fed["hidden"].detach().requires_grad_()
     names = [str(n.target) for n in captured.graph_module.graph.find_nodes(op="placeholder")]
     inputs = {
-        "hidden": hidden,
+        **fed,
         "attention_mask": None if captured.mask_optional else torch.ones_like(ids),
         "position_ids": positions.expand_as(ids),
         "past": 0,

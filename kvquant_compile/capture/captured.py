@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from kvquant_compile.capture.embedding import PER_LAYER
+
 Convention = Literal["transformers", "functional"]
 
 
@@ -32,8 +34,10 @@ class Captured:
 
     Placeholders, in order: ``hidden`` [B, S, hidden] (the embedded tokens), ``attention_mask``
     [B, past + S] or None, ``position_ids`` [B, S] int64, ``past`` int for the transformers
-    convention; ``ids`` [B, S] int64 and ``past`` int for the functional one. The output is one
-    tensor: the last hidden state [B, S, hidden], or the logits [B, S, vocab].
+    convention, followed by ``per_layer_inputs`` [B, S, layers, width] and ``states`` (a cache or
+    None) where the model has them; ``ids`` [B, S] int64 and ``past`` int for the
+    functional one. The output is one tensor: the last hidden state [B, S, hidden], or the logits
+    [B, S, vocab].
 
     Attributes:
         graph_module: the graph; its parameters are the model's own Parameter objects.
@@ -57,9 +61,10 @@ class Captured:
     evidence: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def data_input(self) -> fx.Node:
-        """The graph input that carries the tokens."""
-        return self.placeholder("ids" if self.convention == "functional" else "hidden")
+    def data_inputs(self) -> list[fx.Node]:
+        """The graph inputs that carry tokens."""
+        inputs = self.graph_module.graph.find_nodes(op="placeholder")
+        return [node for node in inputs if node.target in ("ids", "hidden", PER_LAYER)]
 
     def placeholder(self, name: str) -> fx.Node:
         """The graph input of that name."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvquant_compile.capture.capture_cache import Firings
+from kvquant_compile.capture.embedding import PER_LAYER, random_embedded
 from kvquant_compile.capture.hf_hooks import attention_by
 from kvquant_compile.capture.run import Store, run_marked
 from kvquant_compile.errors import UnsupportedModelError
@@ -81,9 +82,7 @@ def _conversation(
     given_mask: bool,
 ) -> list[tuple[tuple[int, int], float]]:
     total = sum(calls)
-    width = embedding_width(backbone)
-    hidden = torch.randn(batch, total, width, generator=torch.Generator().manual_seed(1))
-    hidden = hidden.to(like)
+    fed = random_embedded(backbone, like, batch, total, seed=1)
     mask = torch.ones(batch, total, dtype=torch.long, device=like.device)
     if padded:
         mask[0, :2] = 0
@@ -94,9 +93,10 @@ def _conversation(
     for tokens in calls:
         now = slice(past, past + tokens)
         known = mask[:, : past + tokens] if given_mask else None
-        inputs = (hidden[:, now], known, positions[:, now])
-        expected = _original(backbone, cache, *inputs)
-        got = _captured(gm, backbone, store, *inputs, past)
+        hidden, *extra = (value[:, now] for value in fed.values())
+        inputs = (hidden, known, positions[:, now])
+        expected = _original(backbone, cache, *inputs, *extra)
+        got = _captured(gm, backbone, store, *inputs, past, *extra)
         real = mask[:, now].bool()
         errors.append(((tokens, past), relative_error(got[real], expected[real])))
         past += tokens
@@ -119,22 +119,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def embedding_width(backbone: PreTrainedModel) -> int:
-    """Width of the embedded tokens which the backbone takes."""
-    weight = backbone.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[-1]
-
-
 def _original(
     backbone: PreTrainedModel,
     cache: DynamicCache,
     hidden: Tensor,
     mask: Tensor | None,
     positions: Tensor,
+    per_layer: Tensor | None = None,
 ) -> Tensor:
     takes = inspect.signature(backbone.forward).parameters
     named = {"attention_mask": mask, "position_ids": positions}
+    if per_layer is not None:
+        named[PER_LAYER] = per_layer
     out = backbone(
         inputs_embeds=hidden, past_key_values=cache, use_cache=True,
         **{name: value for name, value in named.items() if name in takes},

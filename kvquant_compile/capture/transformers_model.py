@@ -17,8 +17,13 @@ from kvquant_compile.capture.cache_inputs import mark_appends
 from kvquant_compile.capture.capture_cache import Firings, capture_cache
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
+from kvquant_compile.capture.embedding import (
+    PER_LAYER,
+    has_per_layer_inputs,
+    random_embedded,
+)
 from kvquant_compile.capture.hf_hooks import attention_by, markers_in
-from kvquant_compile.capture.hf_selfcheck import embedding_width, self_check
+from kvquant_compile.capture.hf_selfcheck import self_check
 from kvquant_compile.capture.leaves import Leaf, Watch, call_leaves, opaque, watching
 from kvquant_compile.capture.own_attention import (
     cache_inputs,
@@ -42,9 +47,16 @@ class _Flat(nn.Module):
         self.takes = set(inspect.signature(backbone.forward).parameters)
 
     def forward(
-        self, hidden: Tensor, attention_mask: Tensor, position_ids: Tensor, past: int
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: int,
+        per_layer_inputs: Tensor | None = None,
     ) -> Tensor:
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+        if per_layer_inputs is not None:
+            inputs[PER_LAYER] = per_layer_inputs
         out = self.backbone(
             inputs_embeds=hidden,
             past_key_values=capture_cache(self.config, past, self.seen),
@@ -145,12 +157,10 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _inputs(backbone: PreTrainedModel, like: Tensor, batch: int, tokens: int, past: int) -> Any:
-    width = embedding_width(backbone)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(batch, tokens, width, generator=generator).to(like)
+    hidden, *extra = random_embedded(backbone, like, batch, tokens, seed=0).values()
     mask = torch.ones(batch, past + tokens, dtype=torch.long, device=like.device)
     positions = torch.arange(past, past + tokens, device=like.device).repeat(batch, 1)
-    return hidden, mask, positions, past
+    return hidden, mask, positions, past, *extra
 
 
 def _text_config(backbone: PreTrainedModel) -> Any:
@@ -187,7 +197,10 @@ def _export(
     config = _text_config(backbone)
     tracing = Firings(masks=eager.masks, replaying=True)
     two = {0: Dim.AUTO, 1: Dim.AUTO}
-    shapes = {"hidden": two, "attention_mask": two, "position_ids": two, "past": Dim.DYNAMIC}
+    shapes: dict[str, Any] = dict.fromkeys(("hidden", "attention_mask", "position_ids"), two)
+    shapes["past"] = Dim.DYNAMIC
+    if has_per_layer_inputs(backbone):
+        shapes[PER_LAYER] = two
 
     def export() -> torch.export.ExportedProgram:
         with markers_in(model, tracing):

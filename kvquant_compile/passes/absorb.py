@@ -63,7 +63,7 @@ def absorb(captured: Captured) -> None:
     changed = False
     for attend in gm.graph.find_nodes(op="call_function", target=ATTEND):
         if not _is_direct(attend):
-            known = taint(gm.graph, captured.data_input)
+            known = taint(gm.graph, *captured.data_inputs)
             _absorb(gm, known, _expansion(gm, attend))
             changed = True
     if changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from kvquant_compile.capture.markers import MASK
@@ -9,6 +10,8 @@ from kvquant_compile.capture.reference import CAUSAL, SLIDING
 from kvquant_compile.errors import UnsupportedLayerError
 from kvquant_compile.passes.taint import float_value
 from kvquant_compile.plan import AttendPlan
+
+_END = 2**63 - 1
 
 
 def attend_plan(attend: fx.Node) -> AttendPlan:
@@ -38,6 +41,7 @@ def mask_window(mask: object, *, causal: bool, window: object, where: str) -> in
     Raises:
         UnsupportedLayerError: there is no mask marker, or one of another kind.
     """
+    mask = _unsliced(mask)
     marked = isinstance(mask, fx.Node) and mask.target is MASK
     kind = mask.args[4] if isinstance(mask, fx.Node) and marked else None
     if isinstance(mask, fx.Node) and kind in (CAUSAL, SLIDING):
@@ -49,3 +53,14 @@ def mask_window(mask: object, *, causal: bool, window: object, where: str) -> in
         f" (mask {mask}, kind {kind}, causal={causal}, window={window})",
         do="Bidirectional, chunked and custom masks are not supported.",
     )
+
+
+def _unsliced(mask: object) -> object:
+    """A mask behind slices that take all of it (gemma4 slices by ``logits_to_keep``)."""
+    while isinstance(mask, fx.Node) and mask.target is torch.ops.aten.slice.Tensor:
+        source, *bounds = mask.args
+        _, start, end = (*bounds, *(0, 0, None)[len(bounds) :])[:3]
+        if start not in (0, None) or end not in (None, _END):
+            break
+        mask = source
+    return mask

@@ -52,7 +52,7 @@ class Prover:
     def __init__(self, captured: Captured) -> None:
         functional = captured.convention == "functional"
         self.captured = captured
-        self.known: Taint = taint(captured.graph_module.graph, captured.data_input)
+        self.known: Taint = taint(captured.graph_module.graph, *captured.data_inputs)
         self.interpreter = Interpreter(captured.graph_module, functional=functional)
         self.reader = AngleReader(captured, self.interpreter)
 

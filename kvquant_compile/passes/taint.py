@@ -58,9 +58,9 @@ def is_barrier(node: fx.Node) -> bool:
     return node.op == "placeholder" or str(node.target).startswith(_BARRIERS)
 
 
-def taint(graph: fx.Graph, data_input: fx.Node) -> Taint:
+def taint(graph: fx.Graph, *data_inputs: fx.Node) -> Taint:
     """Taint a captured graph; sizes of tensors carry positions, never data."""
-    data = {data_input}
+    data = set(data_inputs)
     reached = set(graph.find_nodes(op="placeholder"))
     for node in graph.nodes:
         inputs = node.all_input_nodes

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.embedding import PER_LAYER, embedded, has_per_layer_inputs
 from kvquant_compile.errors import OptionError, UnsupportedModelError
 from kvquant_compile.runtime.cache import QuantizedCache
+from kvquant_compile.runtime.given_mask import padding_of
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.program import Program
 
@@ -153,26 +155,35 @@ def _refuse_unsupported(given: dict[str, Any]) -> None:
 def _run_backbone(
     backbone: Any, state: Installed, given: dict[str, Any], cache: QuantizedCache
 ) -> Tensor:
-    hidden = given.get("inputs_embeds")
-    if hidden is None:
-        hidden = backbone.get_input_embeddings()(given["input_ids"])
+    fed = _fed(backbone, given)
+    hidden = fed["hidden"]
     _check_placement(state.program, hidden)
     batch, steps = hidden.shape[:2]
     positions = _positions(given.get("position_ids"), batch, steps, cache)
-    mask = given.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        raise OptionError(
-            f"a {mask.ndim}-D attention mask on an optimised model",
-            why="only the causal (or sliding) mask with 2-D padding is compiled in",
-            do="Pass the 2-D padding mask [batch, tokens].",
-        )
+    mask = padding_of(given.get("attention_mask"), cache.columns)
     inputs = {
-        "hidden": hidden,
+        **fed,
         "position_ids": positions,
         "attention_mask": mask,
         "past": cache.columns,
     }
     return state.decode.run(inputs, cache, positions, mask, not state.attend_quantized)
+
+
+def _fed(backbone: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs that come from tokens, embedded already or not."""
+    if given.get("inputs_embeds") is None:
+        return embedded(backbone, given["input_ids"])
+    fed = {"hidden": given["inputs_embeds"]}
+    if has_per_layer_inputs(backbone):
+        if given.get(PER_LAYER) is None:
+            raise OptionError(
+                f"inputs_embeds without {PER_LAYER} on an optimised model",
+                why="every layer is fed an embedding of the token beside the hidden state",
+                do="Pass input_ids, or both.",
+            )
+        fed[PER_LAYER] = given[PER_LAYER]
+    return fed
 
 
 def _positions(given: Tensor | None, batch: int, steps: int, cache: QuantizedCache) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvquant_compile.calib.data import vocabulary
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.embedding import embedded
 from kvquant_compile.capture.hf_hooks import attention_by
 from kvquant_compile.codec.layout import lossless_spec
 from kvquant_compile.errors import ValidationError
@@ -98,8 +99,8 @@ def _inputs(
     if captured.convention == "functional":
         return {"ids": ids, "past": past}
     backbone: Any = captured.backbone
-    hidden = backbone.get_input_embeddings()(ids)
-    return {"hidden": hidden, "attention_mask": mask, "position_ids": positions, "past": past}
+    fed = embedded(backbone, ids)
+    return {**fed, "attention_mask": mask, "position_ids": positions, "past": past}
 
 
 def _original(
