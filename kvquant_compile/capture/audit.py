@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from kvquant_compile.capture.capture_cache import Firings
-from kvquant_compile.capture.markers import APPEND, ATTEND
+from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
 from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
 
 
@@ -66,6 +66,7 @@ def audit_graph(graph: fx.Graph, seen: Firings) -> None:
                 do="Report the model.",
             )
         read |= sources
+        _refuse_forgetting(attend, sources, seen)
     for append in appends:
         if append not in read:
             raise UnsupportedLayerError(
@@ -73,6 +74,23 @@ def audit_graph(graph: fx.Graph, seen: Firings) -> None:
                 where=f"layer {append.args[2]}",
                 why="its keys and values are appended but no attention reads them",
                 do="Report the model.",
+            )
+
+
+def _refuse_forgetting(attend: fx.Node, sources: set[fx.Node], seen: Firings) -> None:
+    """Refuse a window that exists only because the cache forgets: its queries, and how many keys
+    they see, depend on how the tokens come in steps."""
+    mask = attend.args[3]
+    plain = isinstance(mask, fx.Node) and mask.target is MASK and mask.args[5] == 0
+    for append in sources:
+        window = seen.forgetful.get(int(append.args[2]), 0)  # type: ignore[arg-type]
+        if plain and window:
+            raise UnsupportedLayerError(
+                "an attention layer cannot be captured",
+                where=f"layer {append.args[2]}",
+                why=f"its cache forgets all but {window} tokens while its mask has no window, so"
+                " that what a token sees depends on the steps it comes in",
+                do="Such layers are not supported.",
             )
 
 

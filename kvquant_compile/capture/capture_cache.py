@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -41,6 +42,7 @@ class Firings:
         attended: places in ``masks`` of those that an attention was given.
         appended: what the appends gave back, in an eager run.
         derived: whether keys or values are attended that are computed from what a cache holds.
+        forgetful: window of every cache layer that forgets what is outside of one.
         watch: the modules that keep a state.
         replaying, replayed: while tracing, the place of the next answer in ``masks``.
     """
@@ -52,6 +54,7 @@ class Firings:
     attended: set[int] = field(default_factory=set)
     appended: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     derived: bool = False
+    forgetful: dict[int, int] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
     replaying: bool = False
     replayed: int = 0
@@ -115,6 +118,15 @@ def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
             count = layer.number_of_states
             cache.layers[index] = CaptureHybridLayer(index, past, seen, count)
             continue
+        if isinstance(layer, DynamicIndexedLayer):
+            raise UnsupportedModelError(
+                "the model cannot be captured",
+                why=f"its cache layer {index} keeps an index by which every query chooses the keys"
+                " that it attends to (sparse attention)",
+                do="Such attention is not supported.",
+            )
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            seen.forgetful[index] = int(layer.sliding_window)
         if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:
             raise UnsupportedModelError(
                 "the model cannot be captured",

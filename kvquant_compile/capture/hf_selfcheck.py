@@ -95,7 +95,8 @@ def _conversation(
         known = mask[:, : past + tokens] if given_mask else None
         hidden, *extra = (value[:, now] for value in fed.values())
         inputs = (hidden, known, positions[:, now])
-        expected = _original(backbone, cache, *inputs, *extra)
+        # A copy: some models scale what they are given in place.
+        expected = _original(backbone, cache, hidden.clone(), *inputs[1:], *extra)
         got = _captured(gm, backbone, store, *inputs, past, *extra)
         real = mask[:, now].bool()
         errors.append(((tokens, past), relative_error(got[real], expected[real])))

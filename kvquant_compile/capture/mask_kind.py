@@ -46,7 +46,10 @@ def mask_kind(visible: Callable[[Tensor, Tensor], Tensor]) -> MaskKind:
     sampled pairs, near and far, or the mask is ``other``.
     """
     keys = torch.arange(FARTHEST + 2)
-    row = visible(torch.full_like(keys, FARTHEST), keys)
+    try:
+        row = visible(torch.full_like(keys, FARTHEST), keys)
+    except (IndexError, RuntimeError):  # it reads a table of the tokens at hand
+        return MaskKind("other", reason="it depends on more than the two positions")
     seen = int(row.sum())
     window = 0 if seen == FARTHEST + 1 else seen
     if bool(row[-1]):

@@ -149,8 +149,12 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be captured",
             where=type(backbone).__name__,
-            why=f"its forward takes no {' and no '.join(missing)}: it is no decoder with a"
-            " key-value cache",
+            why=f"its forward takes no {' and no '.join(missing)}"
+            + (
+                ": it is no decoder with a key-value cache"
+                if len(missing) > 1 or missing == ["past_key_values"]
+                else ", behind which it could be captured"
+            ),
             do=_OTHER_MODEL,
         )
     return backbone
@@ -180,7 +184,8 @@ def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) 
     except KVQuantError:
         raise
     except Exception as error:
-        if seen.appends and not seen.attends:
+        if seen.masks and not seen.attends:  # its own code needs a mask of its own
+            seen.appends = max(1, seen.appends)
             return seen
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be captured",
