@@ -182,6 +182,13 @@ def test_byte_permutation_and_tables_of_bits() -> None:
         ("shr.s32", (-8, 40), -1),
         ("shl.b32", (1, 32), 0),
         ("bfe.u32", (0x1234, 4, 8), 0x23),
+        ("bfe.s32", (0x40000000, 28, 3), -4),
+        ("bfe.s32", (0x40000000, 28, 2), 0),
+        ("bfe.s32", (-1, 40, 5), -1),
+        ("dp2a.lo.s32.s32", (0x0002FFFF, 0x0504FD80, 7), 7 + 128 - 6),
+        ("dp2a.hi.s32.s32", (0x0002FFFF, 0x0504FD80, 7), 7 - 4 + 10),
+        ("add.s16x2", (0x0001FFFF, 0x00020001), 0x00030000),
+        ("popc.b32", (-1,), 32),
         ("max.u16x2", (0x00020009, 0x00030001), 0x00030009),
         ("max.relu.s32", (-5, -7), 0),
     ],
@@ -196,6 +203,17 @@ def test_float_comparisons_with_nan() -> None:
     names = ("eq", "ne", "lt", "equ", "neu", "ltu")
     found = [bool(FLOATS[f"setp.{n}.f32"].function(nan, one)[0]) for n in names]
     assert found == [False, False, False, True, True, True]
+
+
+def test_a_fused_multiply_add_rounds_once() -> None:
+    """To twice the precision the sum is a tie; what is lost there decides."""
+    x, y = np.float32(1 + 2.0**-12), np.float32(1 + 2.0**-12)  # product 1 + 2^-11 + 2^-24
+    tiny = np.float32(2.0**-80)
+    words = [[np.full(32, v, np.float32).view(np.uint32) for v in (x, y, z)]
+             for z in (tiny, -tiny)]  # fmt: skip
+    above, below = (FLOATS["fma.rn.f32"].function(*w).view(np.float32)[0] for w in words)
+    assert below == np.float32(1 + 2.0**-11)
+    assert above == np.float32(1 + 2.0**-11 + 2.0**-23)
 
 
 def _packed(*values: NDArray, dtype: type) -> NDArray[np.uint32]:

@@ -18,7 +18,10 @@ from tests.triton.cases import Case
 
 @dataclass(frozen=True)
 class Append:
-    """Appends in uneven steps; ``steps`` are (tokens, padding in front of the first row)."""
+    """Appends in uneven steps; ``steps`` are (tokens, padding in front of the first row).
+
+    A negative number takes tokens back, whose places the next ones overwrite.
+    """
 
     spec: CodecSpec
     dims: tuple[int, int]
@@ -74,6 +77,9 @@ def _check(name: str, case: Append, device: torch.device, seed: int = 0) -> bool
     ]
     at = torch.zeros(2, dtype=torch.int32)
     for steps, padding in case.steps:
+        if steps < 0:
+            at = at + steps
+            continue
         slots = (
             at[:, None] + torch.arange(steps, dtype=torch.int32) - torch.tensor([[padding], [0]])
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias
@@ -10,6 +11,7 @@ import numpy as np
 
 from tests.hopper.ptx.errors import UnknownInstruction
 from tests.hopper.ptx.lanes import fragment_rows, rows_fragment
+from tests.hopper.ptx.memory import Combine
 from tests.hopper.ptx.operands import WARP, Lanes, Operands, kind_of
 
 if TYPE_CHECKING:
@@ -100,10 +102,16 @@ def _access(opcode: str) -> tuple[str, str, int]:
     return parts[1], kind, count
 
 
-def atomic_add(opcode: str, x: Operands) -> Run:
-    """``atom`` and ``red``: additions to words, in the order of lanes."""
+_ATOMICS: dict[tuple[str, ...], Combine] = {
+    ("add", "u32"): operator.add, ("add", "s32"): operator.add, ("xor", "b32"): operator.xor,
+}  # fmt: skip
+
+
+def atomic(opcode: str, x: Operands) -> Run:
+    """``atom`` and ``red``: words are changed in the order of lanes."""
     parts = _parts(opcode)
-    if parts[2:] not in (["add", "u32"], ["add", "s32"]) or parts[1] not in ("global", "shared"):
+    combine = _ATOMICS.get(tuple(parts[2:]))
+    if combine is None or parts[1] not in ("global", "shared"):
         raise UnknownInstruction(opcode)
     place = 1 if parts[0] == "atom" else 0
     target = x.target(0) if place else None
@@ -114,9 +122,9 @@ def atomic_add(opcode: str, x: Operands) -> Run:
         lanes = active(mask)
         at, values = _addresses(warp, base, offset, lanes), warp.registers[source][lanes]
         if parts[1] == "global":
-            before = warp.memory.add(at, values)
+            before = warp.memory.combine(at, values, combine)
         else:
-            before = warp.shared.add(warp.number, lanes, at, values)
+            before = warp.shared.combine(warp.number, lanes, at, values, combine)
         if target is not None:
             warp.put_lanes(target, lanes, before)
 

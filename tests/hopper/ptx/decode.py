@@ -18,7 +18,7 @@ from tests.hopper.ptx.text import Statement, parse
 
 PURE = INTEGERS | FLOATS
 MEMORY = {
-    "ld": access.load, "st": access.store, "atom": access.atomic_add, "red": access.atomic_add,
+    "ld": access.load, "st": access.store, "atom": access.atomic, "red": access.atomic,
     "ldmatrix": access.matrix_access, "stmatrix": access.matrix_access,
     "mbarrier": access.mbarrier, "cp": access.bulk_copy, "bar": access.barrier,
     "fence": access.fence, "elect": access.elect,
@@ -81,6 +81,8 @@ def _run(opcode: str, x: Operands) -> tuple[Run, bool]:
         return _warpwide(LANES[opcode], x), True
     if opcode in PURE:
         return _pure(PURE[opcode], x), False
+    if opcode.startswith(("cvt.s8.", "cvt.u8.")):
+        return _narrow(opcode, x), False
     if first == "mov":
         return _move(opcode, x), False
     if opcode.startswith("ld.param."):
@@ -127,6 +129,18 @@ def _warpwide(entry: Warpwide, x: Operands) -> Run:
         results = function(*[warp.registers[s] for s in sources])
         for target, value in zip(targets, results, strict=True):
             warp.put(target, value, mask)
+
+    return run
+
+
+def _narrow(opcode: str, x: Operands) -> Run:
+    """``cvt`` to 8 bits, which fill the wider target with their sign or with zeros."""
+    target, source = x.target(0), x.source(1, kind_of(opcode.split(".")[2]))
+    narrow = {"s8": np.int8, "u8": np.uint8}[opcode.split(".")[1]]
+    dtype = x.slots.initial[target].dtype
+
+    def run(warp: Warp, mask: Mask) -> None:
+        warp.put(target, warp.registers[source].astype(narrow).astype(dtype), mask)
 
     return run
 

@@ -1,7 +1,7 @@
 """Floating-point instructions, single and packed: opcode -> what it makes of its sources' lanes.
 
-Fused multiply-adds go through float64, which rounds twice and differs from a device by less than
-a unit in the last place in rare cases. Approximations are replaced by exact functions.
+All that PTX defines to the bit is computed to the bit, but for the payload of a NaN. Approximations
+are replaced by exact functions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ def _single(x: Lanes) -> Lanes:
     return x.view(np.float32)
 
 
+def _half(x: Lanes) -> Lanes:
+    return x.view(np.float16)
+
+
 def _bits(x: Lanes) -> Lanes:
     return np.asarray(x, np.float32).view(np.uint32)
 
@@ -40,7 +44,20 @@ def _approximated(function: Callable[[Lanes], Lanes]) -> Callable[..., Lanes]:
 
 
 def _fused(x: Lanes, y: Lanes, z: Lanes) -> Lanes:
-    return (x.astype(np.float64) * y + z).astype(x.dtype)
+    """Rounded once: the product is exact in float64, and the sum is rounded to odd there, which
+    tells which side of a tie it is on."""
+    product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+    total = product + addend
+    part = total - product
+    lost = (product - (total - part)) + (addend - part)
+    bits = total.view(np.int64)
+    inexact = np.isfinite(total) & (lost != 0) & (bits & 1 == 0)
+    step = np.where((lost > 0) == (total > 0), 1, -1)
+    return np.where(inexact, bits + step, bits).view(np.float64).astype(x.dtype)
+
+
+def _doubles(x: Lanes) -> Lanes:
+    return x.view(np.float64)
 
 
 def _on_halves(function: Callable[..., Lanes]) -> Callable[..., Lanes]:
@@ -57,6 +74,13 @@ def _pack(high: Lanes, low: Lanes) -> Lanes:
     """``cvt.f16x2.f32``: the first source becomes the upper half."""
     both = np.stack([_single(low), _single(high)], 1).astype(np.float16)
     return both.view(np.uint32)[:, 0]
+
+
+def _to_bfloat(x: Lanes) -> Lanes:
+    """The upper half of a float32, ties to even."""
+    odd = x >> np.uint32(16) & np.uint32(1)
+    rounded = (x + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return np.where(np.isnan(_single(x)), 0x7FFF, rounded).astype(np.uint16)
 
 
 def _to_integer(x: Lanes) -> Lanes:
@@ -84,6 +108,9 @@ def _float_table() -> dict[str, Pure]:
             table[f"{name}{rounding}.f16"] = Pure(_on_halves(f), ("half",) * 2)
     table["fma.rn.f32"] = Pure(_on_singles(_fused), ("word",) * 3)
     table["fma.rn.f16x2"] = Pure(_on_halves(_fused), ("word",) * 3)
+    add_doubles = Pure(lambda x, y: (_doubles(x) + _doubles(y)).view(np.uint64), ("long",) * 2)
+    table["add.f64"] = table["add.rn.f64"] = add_doubles
+    table["sqrt.rn.f32"] = Pure(_on_singles(np.sqrt), ("word",))
     for rounding in ("full", "rn"):
         table[f"div.{rounding}.f32"] = Pure(_on_singles(operator.truediv), ("word",) * 2)
     table["neg.f32"] = Pure(lambda x: x ^ np.uint32(1 << 31), ("word",))
@@ -102,6 +129,10 @@ def _conversion_table() -> dict[str, Pure]:
         "cvt.rn.f32.s32": Pure(lambda x: _bits(signed(x).astype(np.float32)), ("word",)),
         "cvt.rn.f32.u32": Pure(lambda x: _bits(x.astype(np.float32)), ("word",)),
         "cvt.f32.f16": Pure(lambda x: _bits(x.view(np.float16).astype(np.float32)), ("half",)),
+        "cvt.f64.f32": Pure(lambda x: _single(x).astype(np.float64).view(np.uint64), ("word",)),
+        "cvt.rn.f32.f64": Pure(lambda x: _bits(_doubles(x).astype(np.float32)), ("long",)),
+        "cvt.f32.bf16": Pure(lambda x: x.astype(np.uint32) << np.uint32(16), ("half",)),
+        "cvt.rn.bf16.f32": Pure(_to_bfloat, ("word",)),
         "cvt.rn.f16.f32": Pure(lambda x: _single(x).astype(np.float16).view(np.uint16), ("word",)),
         "cvt.rn.f16.s32": Pure(lambda x: signed(x).astype(np.float16).view(np.uint16), ("word",)),
         "cvt.rn.f16x2.f32": Pure(_pack, ("word",) * 2),
@@ -113,18 +144,29 @@ def _conversion_table() -> dict[str, Pure]:
 def _float_comparisons() -> dict[str, Pure]:
     """Ordered ones are false where a side is NaN; those that end in u are true."""
     table: dict[str, Pure] = {}
+    for type_name, view, kind in (("f32", _single, "word"), ("f16", _half, "half")):
+        table |= _comparisons_of(type_name, view, kind)
+    return table
+
+
+def _comparisons_of(type_name: str, view: Callable[[Lanes], Lanes], kind: str) -> dict[str, Pure]:
+    table: dict[str, Pure] = {}
+
+    def unknown(x: Lanes, y: Lanes) -> Lanes:
+        return np.isnan(view(x)) | np.isnan(view(y))
+
+    table[f"setp.nan.{type_name}"] = Pure(unknown, (kind,) * 2)
+    table[f"setp.num.{type_name}"] = Pure(lambda x, y: ~unknown(x, y), (kind,) * 2)
     for name, f in COMPARISONS.items():
 
         def ordered(x: Lanes, y: Lanes, f=f) -> Lanes:  # type: ignore[no-untyped-def]
-            x, y = _single(x), _single(y)
-            return f(x, y) & ~(np.isnan(x) | np.isnan(y))
+            return f(view(x), view(y)) & ~unknown(x, y)
 
         def unordered(x: Lanes, y: Lanes, f=f) -> Lanes:  # type: ignore[no-untyped-def]
-            x, y = _single(x), _single(y)
-            return f(x, y) | np.isnan(x) | np.isnan(y)
+            return f(view(x), view(y)) | unknown(x, y)
 
-        table[f"setp.{name}.f32"] = Pure(ordered, ("word",) * 2)
-        table[f"setp.{name}u.f32"] = Pure(unordered, ("word",) * 2)
+        table[f"setp.{name}.{type_name}"] = Pure(ordered, (kind,) * 2)
+        table[f"setp.{name}u.{type_name}"] = Pure(unordered, (kind,) * 2)
     return table
 
 

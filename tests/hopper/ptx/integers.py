@@ -73,6 +73,13 @@ def _bfe(x: Lanes, first: Lanes, count: Lanes) -> Lanes:
     return (_shr(x, first) & mask.astype(np.uint32)).astype(np.uint32)
 
 
+def _signed_bfe(x: Lanes, first: Lanes, count: Lanes) -> Lanes:
+    """Beyond its top bit ``x`` goes on with its sign."""
+    field = signed(x).astype(np.int64) >> np.minimum(first, 63).astype(np.int64)
+    above = 64 - np.clip(count, 1, 63).astype(np.int64)
+    return np.where(count == 0, 0, field << above >> above).astype(np.uint32)
+
+
 def _lop3(x: Lanes, y: Lanes, z: Lanes, table: Lanes) -> Lanes:
     out = np.zeros_like(x)
     for k in range(8):
@@ -99,6 +106,17 @@ def _high(x: Lanes, y: Lanes) -> Lanes:
 
 def _pairs(x: Lanes) -> Lanes:
     return x.view(np.uint16)
+
+
+def _dot_pairs(first: int) -> Callable[..., Lanes]:
+    """``dp2a``: two signed halves times the signed bytes ``first`` and the next, and a sum."""
+
+    def run(x: Lanes, y: Lanes, z: Lanes) -> Lanes:
+        halves = np.ascontiguousarray(x).view(np.int16).reshape(-1, 2).astype(np.int64)
+        chosen = np.ascontiguousarray(y).view(np.int8).reshape(-1, 4)[:, first : first + 2]
+        return ((halves * chosen).sum(1) + signed(z)).astype(np.uint32)
+
+    return run
 
 
 def _relu_min(x: Lanes, y: Lanes) -> Lanes:
@@ -165,26 +183,36 @@ def _comparison_table(size: int, kind: str) -> dict[str, Pure]:
 
 
 def _wide_table() -> dict[str, Pure]:
-    """Products twice as wide as their factors, and conversions between sizes."""
+    """Products twice as wide as their factors."""
     table: dict[str, Pure] = {}
-    for sign, view in (("s", signed), ("u", _unsigned)):
-        wide = np.dtype(np.int64 if sign == "s" else np.uint64)
+    for size, kind, sum_kind in ((16, "half", "word"), (32, "word", "long")):
+        for sign, view in (("s", signed), ("u", _unsigned)):
 
-        def multiply(x: Lanes, y: Lanes, view=view, wide=wide) -> Lanes:  # type: ignore[no-untyped-def]
-            return _unsigned(view(x).astype(wide) * view(y).astype(wide))
+            def multiply(x: Lanes, y: Lanes, view=view, size=size) -> Lanes:  # type: ignore[no-untyped-def]
+                x, y = view(x), view(y)
+                wide = np.dtype(f"{x.dtype.kind}{size // 4}")
+                return _unsigned(x.astype(wide) * y.astype(wide))
 
-        def multiply_add(x: Lanes, y: Lanes, z: Lanes, multiply=multiply) -> Lanes:  # type: ignore[no-untyped-def]
-            return multiply(x, y) + z
+            def multiply_add(x: Lanes, y: Lanes, z: Lanes, multiply=multiply) -> Lanes:  # type: ignore[no-untyped-def]
+                return multiply(x, y) + z
 
-        table[f"mul.wide.{sign}32"] = Pure(multiply, ("word",) * 2)
-        table[f"mad.wide.{sign}32"] = Pure(multiply_add, ("word", "word", "long"))
-        sizes = ((16, "half"), (32, "word"), (64, "long"))
-        for from_size, from_kind in sizes:
+            table[f"mul.wide.{sign}{size}"] = Pure(multiply, (kind,) * 2)
+            table[f"mad.wide.{sign}{size}"] = Pure(multiply_add, (kind, kind, sum_kind))
+    return table
+
+
+def _conversion_table() -> dict[str, Pure]:
+    """Conversions between sizes; of 8 bits, a wider register's lowest."""
+    table: dict[str, Pure] = {}
+    sizes = ((16, "half"), (32, "word"), (64, "long"))
+    for sign in "su":
+        for from_size, from_kind in ((8, "half"), *sizes):
             for to_size, to_kind in sizes:
                 for to_sign in "su":
+                    source = np.dtype(f"{'i' if sign == 's' else 'u'}{from_size // 8}")
 
-                    def convert(x: Lanes, view=view, kind=to_kind) -> Lanes:  # type: ignore[no-untyped-def]
-                        return view(x).astype(TYPES[kind])
+                    def convert(x: Lanes, source=source, kind=to_kind) -> Lanes:  # type: ignore[no-untyped-def]
+                        return x.astype(source).astype(TYPES[kind])
 
                     name = f"cvt.{to_sign}{to_size}.{sign}{from_size}"
                     table[name] = Pure(convert, (from_kind,))
@@ -195,6 +223,11 @@ def _odd_table() -> dict[str, Pure]:
     word = "word"
     high = on_signed(_high)
     return {
+        "dp2a.lo.s32.s32": Pure(_dot_pairs(0), (word,) * 3),
+        "dp2a.hi.s32.s32": Pure(_dot_pairs(2), (word,) * 3),
+        "popc.b32": Pure(lambda x: np.bitwise_count(x).astype(np.uint32), (word,)),
+        "add.s16x2": Pure(lambda x, y: (_pairs(x) + _pairs(y)).view(np.uint32), (word,) * 2),
+        "bfe.s32": Pure(_signed_bfe, (word,) * 3),
         "bfe.u32": Pure(_bfe, (word,) * 3),
         "lop3.b32": Pure(_lop3, (word,) * 4),
         "prmt.b32": Pure(_prmt, (word,) * 3),
@@ -209,4 +242,4 @@ def _odd_table() -> dict[str, Pure]:
     }
 
 
-INTEGERS = _integer_table() | _wide_table()
+INTEGERS = _integer_table() | _wide_table() | _conversion_table()

@@ -47,6 +47,10 @@ def _reduce(x: Lanes, function: Callable[[Lanes], Lanes], dtype: type) -> list[L
     return [np.full(WARP, function(x.view(dtype)), dtype).view(np.uint32)]
 
 
+def _total(x: Lanes) -> Lanes:
+    return np.sum(x, dtype=x.dtype)
+
+
 def _halves(words: Lanes) -> tuple[Lanes, Lanes]:
     both = np.ascontiguousarray(words).view(np.float16).reshape(-1, 2)
     return both[:, 0], both[:, 1]
@@ -104,6 +108,8 @@ LANES = {
     "vote.sync.any.pred": Warpwide(_any, ("pred", _W)),
     "vote.sync.all.pred": Warpwide(_all, ("pred", _W)),
     "redux.sync.max.u32": Warpwide(lambda x, _: _reduce(x, np.max, np.uint32), (_W,) * 2),
+    "redux.sync.max.s32": Warpwide(lambda x, _: _reduce(x, np.max, np.int32), (_W,) * 2),
+    "redux.sync.add.s32": Warpwide(lambda x, _: _reduce(x, _total, np.int32), (_W,) * 2),
     "redux.sync.min.s32": Warpwide(lambda x, _: _reduce(x, np.min, np.int32), (_W,) * 2),
     "movmatrix.sync.aligned.m8n8.trans.b16": Warpwide(_transpose, (_W,)),
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": Warpwide(product, (_W,) * 3),

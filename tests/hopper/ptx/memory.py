@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ GAP = 256
 """Bytes between allocations, and the multiple that they begin at."""
 
 SIZES = {"byte": 1, "half": 2, "word": 4, "long": 8}
+Combine: TypeAlias = Callable[[Any, Any], Any]
+"""What an atomic makes of a word and its operand."""
+
 DTYPES = TYPES | {"byte": np.uint8}
 
 
@@ -59,10 +63,10 @@ class Memory:
         for k, value in enumerate(values):
             cells[at + k] = value
 
-    def add(self, addresses: Lanes, values: Lanes) -> Lanes:
-        """Atomically add to words, one lane after the other; what they were."""
+    def combine(self, addresses: Lanes, values: Lanes, function: Combine) -> Lanes:
+        """Atomically change words, one lane after the other; what they were."""
         at = self._places(addresses, 4, 1)
-        return add_in_turn(self.data.view(np.uint32), at, values)
+        return combine_in_turn(self.data.view(np.uint32), at, values, function)
 
     def _places(self, addresses: Lanes, size: int, count: int) -> Lanes:
         """Indices of the first value of every lane."""
@@ -83,10 +87,10 @@ def check_aligned(addresses: Lanes, size: int) -> None:
         raise BadAccess(f"address {int(addresses[(addresses & (size - 1)) != 0][0]):#x} % {size}")
 
 
-def add_in_turn(cells: Lanes, at: Lanes, values: Lanes) -> Lanes:
-    """``cells[at] += values`` lane by lane; the values before."""
+def combine_in_turn(cells: Lanes, at: Lanes, values: Lanes, function: Combine) -> Lanes:
+    """``cells[at] = function(cells[at], values)`` lane by lane; the values before."""
     before = np.empty_like(values)
     for lane, (place, value) in enumerate(zip(at.tolist(), values, strict=True)):
         before[lane] = cells[place]
-        cells[place] += value
+        cells[place] = function(cells[place], value)
     return before

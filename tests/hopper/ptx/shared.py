@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.hopper.ptx.errors import BadAccess, Hazard
-from tests.hopper.ptx.memory import DTYPES, SIZES, add_in_turn, check_aligned
+from tests.hopper.ptx.memory import DTYPES, SIZES, Combine, check_aligned, combine_in_turn
 from tests.hopper.ptx.operands import SHARED_BASE, Lanes
 
 ATOMIC = 32
@@ -61,12 +61,14 @@ class Shared:
         for k, value in enumerate(values):
             cells[at + k] = value
 
-    def add(self, warp: int, lanes: Lanes, addresses: Lanes, values: Lanes) -> Lanes:
-        """Atomically add to words; what they were."""
+    def combine(
+        self, warp: int, lanes: Lanes, addresses: Lanes, values: Lanes, function: Combine
+    ) -> Lanes:
+        """Atomically change words; what they were."""
         at, words = self._places(warp, addresses, "word", 1)
-        self._check(self._written, warp, lanes, words, "adds to what {} wrote", atomic=True)
+        self._check(self._written, warp, lanes, words, "changes what {} wrote", atomic=True)
         self._written[words] = self._stamp(warp, np.full_like(lanes, ATOMIC))
-        return add_in_turn(self.data.view(np.uint32), at, values)
+        return combine_in_turn(self.data.view(np.uint32), at, values, function)
 
     def begin_copy(self, warp: int, start: int, size: int) -> slice:
         """Take bytes from everybody; where they are."""
