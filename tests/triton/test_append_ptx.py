@@ -14,7 +14,7 @@ import torch
 
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.triton.compat import unavailable
-from tests.triton.append_cases import APPENDS, Append, check_append
+from tests.triton.append_cases import Append, check_append
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")
 
@@ -40,8 +40,6 @@ SLOW = {
     "3 bit, d80, not finite": default(3, 3, 80, strange=0.02),
     "4/2 bit, d96, three heads": default(4, 2, 96, heads=3, dtype=torch.float32),
     "2/3 bit, d80, no feedback": default(2, 3, 80, feedback=False),
-    "3 bit, d256": default(3, 3, 256, heads=1, steps=((1, 0), (2, 0))),
-    **APPENDS,
 }
 
 
