@@ -66,6 +66,8 @@ class AttendPlan:
         scale: factor of the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         window: key j is visible to query i iff ``i - window < j <= i``; 0 for no window.
+        chunk: key j is visible to query i iff ``j <= i`` and both are in one chunk of so many
+            tokens of their sequence; 0 for no chunks.
         sink_logits: whether a learned per-head logit joins the softmax (gpt-oss).
         position_bias: whether scores of head h change by ``slope[h] * (key's place - query's)``
             (ALiBi).
@@ -77,6 +79,7 @@ class AttendPlan:
     window: int = 0
     sink_logits: bool = False
     position_bias: bool = False
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class LayerPlan:
         certificate: JSON-able evidence of the proof (method, pairing, points, residual,
             source lines, versions).
         refusal: why pre-RoPE storage was refused; empty when it was not.
+        latent: channels that key and value share (latent attention): the original caches them
+            once, these pages hold them as key and as value.
         kept: the proved rotation that keys are stored behind, because their format asks for it;
             ``rope`` is None then.
     """
@@ -106,3 +111,4 @@ class LayerPlan:
     certificate: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
     kept: RopeSpec | None = None
+    latent: int = 0

@@ -3,7 +3,7 @@
 ``append(k, v, layer, past) -> (K, V)``
     k, v: [B, Hkv, S, D]; returns the layer's whole keys and values, [B, Hkv, past + S, D].
 ``mask(padding?, batch, queries, past, kind, window, device) -> bool [B, 1, S, past + S]``
-    kind is ``causal`` or ``sliding``.
+    kind is ``causal``, ``sliding`` or ``chunked``; window is the length of chunks then.
 ``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?)``
     returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi).
 ``stateful(inputs, like, leaf) -> Tensor``
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant_compile.capture.reference import exact_attention, exact_mask
+from kvquant_compile.capture.reference import CHUNKED, exact_attention, exact_mask
 from kvquant_compile.capture.torch_internals import is_fake, is_symbolic
 from kvquant_compile.errors import CacheError
 
@@ -74,7 +74,8 @@ def _mask(
 ) -> Tensor:
     if any(map(is_symbolic, (batch, queries, past))):
         return _fake_mask(padding, batch, queries, past, kind, window, device)
-    return exact_mask(padding, batch, queries, past, window, device)
+    chunked = kind == CHUNKED
+    return exact_mask(padding, batch, queries, past, window, device, chunked=chunked)
 
 
 def _attend(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant_compile.capture.reference import CAUSAL, SLIDING
+from kvquant_compile.capture.reference import CAUSAL, CHUNKED, SLIDING
 
 # The farthest query that is asked for its window; wider windows count as none, since no context
 # of that length is stored by these models.
@@ -19,7 +19,8 @@ LOOKS_AHEAD = "a query sees keys after it"
 
 @dataclass(frozen=True)
 class MaskKind:
-    """``causal``, ``sliding`` with its window, or ``other`` with the first disagreement."""
+    """``causal``, ``sliding`` with its window, ``chunked`` with the length of its chunks in
+    ``window``, or ``other`` with the first disagreement."""
 
     kind: str
     window: int = 0
@@ -33,7 +34,7 @@ class MaskKind:
     @property
     def understood(self) -> bool:
         """Whether the mask is one that a cache can serve."""
-        return self.kind in (CAUSAL, SLIDING)
+        return self.kind in (CAUSAL, SLIDING, CHUNKED)
 
 
 def mask_kind(visible: Callable[[Tensor, Tensor], Tensor]) -> MaskKind:
@@ -59,6 +60,10 @@ def mask_kind(visible: Callable[[Tensor, Tensor], Tensor]) -> MaskKind:
     query, key = _sample_pairs(seen)
     wrong = visible(query, key) != _expected(query, key, window)
     if bool(wrong.any()):
+        chunk = _chunk(visible)
+        queries, keys = torch.cat([query, query]), torch.cat([key, query - key % 97])
+        if chunk and torch.equal(visible(queries, keys), _in_chunk(queries, keys, chunk)):
+            return MaskKind(CHUNKED, chunk)
         i = int(wrong.nonzero()[0])
         return MaskKind("other", reason=f"query {int(query[i])} and key {int(key[i])} disagree")
     return MaskKind(SLIDING, window) if window else MaskKind(CAUSAL)
@@ -67,6 +72,19 @@ def mask_kind(visible: Callable[[Tensor, Tensor], Tensor]) -> MaskKind:
 def _expected(query: Tensor, key: Tensor, window: int) -> Tensor:
     seen = key <= query
     return seen & (key > query - window) if window else seen
+
+
+def _chunk(visible: Callable[[Tensor, Tensor], Tensor]) -> int:
+    """How many queries see the very first key, if these are the first ones; else 0."""
+    queries = torch.arange(FARTHEST)
+    seen = visible(queries, torch.zeros_like(queries))
+    count = int(seen.sum())
+    return count if bool(seen[:count].all()) and count < FARTHEST else 0
+
+
+def _in_chunk(query: Tensor, key: Tensor, chunk: int) -> Tensor:
+    same = query.div(chunk, rounding_mode="floor") == key.div(chunk, rounding_mode="floor")
+    return (key <= query) & same
 
 
 def _sample_pairs(seen: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 CAUSAL = "causal"
 SLIDING = "sliding"
+CHUNKED = "chunked"
 
 
 def visible_keys(queries: int, past: int, window: int, device: torch.device | str) -> Tensor:
@@ -26,7 +27,14 @@ def visible_keys(queries: int, past: int, window: int, device: torch.device | st
 
 
 def exact_mask(
-    padding: Tensor | None, batch: int, queries: int, past: int, window: int, device: torch.device
+    padding: Tensor | None,
+    batch: int,
+    queries: int,
+    past: int,
+    window: int,
+    device: torch.device,
+    *,
+    chunked: bool = False,
 ) -> Tensor:
     """The bool mask [batch, 1, queries, past + queries]; True where a key is attended.
 
@@ -35,11 +43,18 @@ def exact_mask(
         batch, queries, past: sizes; ``past`` counts the cached tokens.
         window: sliding window, 0 for none.
         device: where the mask is made.
+        chunked: ``window`` is the length of chunks instead: a query sees its own chunk only.
+            Chunks are counted from the first real token of a sequence.
     """
-    seen = visible_keys(queries, past, window, device)[None, None].expand(batch, 1, -1, -1)
-    if padding is None:
-        return seen
-    return seen & padding.bool()[:, None, None, : past + queries]
+    seen = visible_keys(queries, past, 0 if chunked else window, device)
+    seen = seen[None, None].expand(batch, 1, -1, -1)
+    real = None if padding is None else padding.bool()[:, : past + queries]
+    if chunked:
+        places = torch.arange(past + queries, device=device).expand(batch, -1)
+        ranks = places if real is None else real.cumsum(1) - 1
+        chunk = ranks.div(window, rounding_mode="floor")
+        seen = seen & (chunk[:, None, None] == chunk[:, None, past:, None])
+    return seen if real is None else seen & real[:, None, None]
 
 
 def exact_attention(

@@ -36,7 +36,8 @@ class LayerReport:
         rope: pairing and rotated channels, ``none``, or ``kept`` where keys are stored rotated.
         proof: how the rotation was established.
         source: line of the model that rotates.
-        window, softcap: of the attention; 0 for none.
+        window, softcap, chunk: of the attention; 0 for none.
+        position_bias: whether scores fall with the distance (ALiBi).
         recipe: name of the format.
         key_bits, value_bits: width of a code; of a recipe made of blocks, its own effective bits.
         slots: outlier slots of keys and values; "-" for such a recipe.
@@ -71,6 +72,8 @@ class LayerReport:
     kernel: str
     refusal: str
     certificate: Mapping[str, Any]
+    chunk: int = 0
+    position_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,20 +199,26 @@ def _cells(group: list[LayerReport]) -> tuple[str, ...]:
     first, last = group[0], group[-1]
     span = str(first.index) if first is last else f"{first.index}-{last.index}"
     dims = {first.key_dim, first.value_dim}
-    mask = f"window {first.window}" if first.window else "causal"
     return (
         span,
         f"{first.query_heads}/{first.kv_heads}",
         "/".join(map(str, sorted(dims))),
         first.rope,
         first.proof,
-        mask + (f", cap {first.softcap:g}" if first.softcap else ""),
+        _mask(first),
         first.recipe + ("" if first.slots in ("-", "0+0") else f" {first.slots}"),
         f"{first.key_bits:.4g}/{first.value_bits:.4g}",
         f"{first.effective_bits:.3f}",
         f"{first.bytes_per_token:.1f}",
         _runs_by(first),
     )
+
+
+def _mask(layer: LayerReport) -> str:
+    sizes = {"window": layer.window, "chunks of": layer.chunk}
+    parts = [f"{name} {size}" for name, size in sizes.items() if size] or ["causal"]
+    parts += [f"cap {layer.softcap:g}"] if layer.softcap else []
+    return ", ".join(parts + (["ALiBi"] if layer.position_bias else []))
 
 
 def _runs_by(report: LayerReport) -> str:
@@ -227,7 +236,9 @@ def layer_report(plan: LayerPlan, layout: Layout, recipe: str, device: torch.dev
     """The report of one layer."""
     site, cert = plan.attends[0], plan.certificate
     key_bits, value_bits, slots = _widths(layout)
-    reference = plan.kv_heads * (plan.key_dim + plan.value_dim) * layout.itemsize
+    torch_only = refusal(layout, device) or site.chunk or site.position_bias
+    channels = plan.key_dim + plan.value_dim - plan.latent
+    reference = plan.kv_heads * channels * layout.itemsize
     return LayerReport(
         index=plan.index,
         kv_heads=plan.kv_heads,
@@ -247,10 +258,12 @@ def layer_report(plan: LayerPlan, layout: Layout, recipe: str, device: torch.dev
         bytes_per_token=plan.kv_heads * layout.page_bytes / PAGE_TOKENS,
         reference_bytes=reference,
         exact_bytes=plan.kv_heads * layout.exact_rows * layout.exact_width * layout.itemsize,
-        implementation=REFERENCE if refusal(layout, device) else GENERATED,
-        kernel=kernel_name(layout, device),
+        implementation=REFERENCE if torch_only else GENERATED,
+        kernel=kernel_name(layout, device, bias_or_chunks=bool(site.chunk or site.position_bias)),
         refusal=plan.refusal,
         certificate=dict(cert),
+        chunk=site.chunk,
+        position_bias=site.position_bias,
     )
 
 

@@ -61,6 +61,7 @@ class Site:
     window: int
     sink_logits: Tensor | None
     slopes: Tensor | None = None
+    chunk: int = 0
 
 
 def attend(
@@ -81,7 +82,7 @@ def attend(
         value: [B, H, S, value_dim], the step's own values.
         slots, history: see :mod:`kvquant_compile.lowering.ops`; padding gets zeros and -inf.
         cache: the layer's cache, the step already appended.
-        site: scale, softcap, window, sink logits and slopes of a position bias.
+        site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks.
         exact_chunk: read the step's own tokens exactly instead of from the cache.
 
     Returns:
@@ -100,7 +101,7 @@ def attend(
     for first, keys, values in _blocks(cache, slots, limit, stored, site.window, query):
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
-        visible = _visible(slots, first, hidden, limit, site.window)
+        visible = _visible(slots, first, hidden, limit, site.window, site.chunk)
         bias = _bias(site, slots, _places(first, keys), groups)
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
@@ -174,7 +175,7 @@ def rotate(keys: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
 
 
 def _visible(
-    slots: Tensor, first: int, hidden: Tensor, limit: Tensor, window: int
+    slots: Tensor, first: int, hidden: Tensor, limit: Tensor, window: int, chunk: int
 ) -> Tensor | None:
     """Which of the slots ``first ..`` each query sees: bool [B, S, count]; None when all do.
 
@@ -183,11 +184,17 @@ def _visible(
     count = hidden.shape[1]
     place = torch.arange(first, first + count, device=slots.device)
     low, high = int(slots.min()), int(limit.min())
-    whole = low >= first + count - 1 and high >= first + count and not window
+    whole = low >= first + count - 1 and high >= first + count and not window and not chunk
     if whole and not bool(hidden.any()):
         return None
     seen = (place <= slots[..., None]) & (place < limit[:, None, None]) & ~hidden[:, None]
+    if chunk:
+        seen = seen & _same_chunk(slots[..., None], place, chunk)
     return seen & (place > slots[..., None] - window) if window else seen
+
+
+def _same_chunk(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
+    return queries.div(chunk, rounding_mode="floor") == keys.div(chunk, rounding_mode="floor")
 
 
 def _own_by_flash(
@@ -199,7 +206,7 @@ def _own_by_flash(
         output [B, Hq, S, D] and log-sum-exp [B, Hq, S]; None where it cannot: it does plain causal
         attention of several tokens, none of them padding.
     """
-    plain = not (site.softcap or site.window or site.slopes is not None)
+    plain = not (site.softcap or site.window or site.chunk or site.slopes is not None)
     if slots.shape[1] == 1 or not plain or not bool((slots >= 0).all()):
         return None
     return causal_flash(query, key, value, site.scale)
@@ -216,6 +223,8 @@ def _attend_own(
         seen = (steps[start : start + block] <= steps[:, None]) & (own >= 0)[:, None]
         if site.window:
             seen = seen & (own[:, None] > slots[..., None] - site.window)
+        if site.chunk:
+            seen = seen & _same_chunk(slots[..., None], own[:, None], site.chunk)
         tile = slice(start, start + block)
         keys, values = key[:, :, tile].float(), value[:, :, tile].float()
         bias = _bias(site, slots, own, (query.shape[1], query.shape[2]))

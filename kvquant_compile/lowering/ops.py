@@ -11,6 +11,7 @@ Both take the cache as plain tensors, so that graphs can be exported, compiled a
   negative where a token is hidden from all queries.
 * ``tables``, ``geometry``: the layer's constants (:class:`~.constants.LayerConstants`).
 * ``format``: the page layout as a string.
+* ``chunk``: a query sees the keys of its own chunk of so many slots only; 0 for no chunks.
 * ``slopes``: float32 [Hq]; a score changes by ``slope * (key's slot - query's)`` (ALiBi).
 """
 
@@ -36,7 +37,7 @@ _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor history, Tensor table,"
     " Tensor positions, Tensor[] pages, Tensor sinks, Tensor[] tables, Tensor[] geometry,"
     " Tensor? sink_logits, float scale, float softcap, int window, bool exact_chunk, str format,"
-    " Tensor? slopes=None) -> (Tensor, Tensor)"
+    " Tensor? slopes=None, int chunk=0) -> (Tensor, Tensor)"
 )
 
 
@@ -76,10 +77,11 @@ def _attend_impl(
     exact_chunk: bool,
     format: str,
     slopes: Tensor | None = None,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
-    site = _attend.Site(scale, softcap, window, sink_logits, slopes)
-    kernels = slopes is None and _dispatch.use_kernels(query, format)
+    site = _attend.Site(scale, softcap, window, sink_logits, slopes, chunk)
+    kernels = slopes is None and not chunk and _dispatch.use_kernels(query, format)
     run = _dispatch.attend if kernels else _attend.attend
     with _precise(query):
         return run(query, key, value, slots, history, cache, site, exact_chunk)

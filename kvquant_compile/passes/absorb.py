@@ -26,6 +26,8 @@ from kvquant_compile.errors import UnsupportedLayerError
 from kvquant_compile.passes.taint import Taint, rotation_site, taint
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# In the meta of an append: channels that its key and its value share.
+LATENT = "kvquant_latent"
 _NAME = "kvquant_absorbed_{}_{}"
 aten = torch.ops.aten
 
@@ -152,6 +154,7 @@ def _absorb(gm: fx.GraphModule, known: Taint, site: _Expansion) -> None:
     fakes = key.meta["val"], latent.meta["val"]
     where = later(graph, key, latent, append)
     whole = add_call(graph, where, APPEND, (key, latent, *append.args[2:]), fakes)
+    whole.meta[LATENT] = site.rank
     k, v = (add_call(graph, whole, operator.getitem, (whole, i), fakes[i]) for i in (0, 1))
     fake = attend.meta["val"]
     shape = (*fake.shape[:3], site.rank)

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from kvquant_compile.capture.markers import MASK
-from kvquant_compile.capture.reference import CAUSAL, SLIDING
+from kvquant_compile.capture.reference import CAUSAL, CHUNKED, SLIDING
 from kvquant_compile.errors import UnsupportedLayerError
 from kvquant_compile.passes.taint import float_value
 from kvquant_compile.plan import AttendPlan
@@ -18,22 +18,24 @@ def attend_plan(attend: fx.Node) -> AttendPlan:
     """Read an attend marker.
 
     Raises:
-        UnsupportedLayerError: its mask is no causal or sliding mask marker.
+        UnsupportedLayerError: its mask is no causal, sliding or chunked mask marker.
     """
     query, _, _, mask, sinks, layer, scaling, softcap, window, causal, *bias = attend.args
     assert isinstance(query, fx.Node)
+    kind, size = mask_window(mask, causal=bool(causal), window=window, where=f"layer {layer}")
     return AttendPlan(
         query_heads=int(float_value(query).shape[1]),
         scale=float(scaling),  # type: ignore[arg-type]
         softcap=float(softcap),  # type: ignore[arg-type]
-        window=mask_window(mask, causal=bool(causal), window=window, where=f"layer {layer}"),
+        window=size if kind == SLIDING else 0,
+        chunk=size if kind == CHUNKED else 0,
         sink_logits=sinks is not None,
         position_bias=bool(bias),
     )
 
 
-def mask_window(mask: object, *, causal: bool, window: object, where: str) -> int:
-    """The sliding window of an attend marker's mask; 0 for plain causal attention.
+def mask_window(mask: object, *, causal: bool, window: object, where: str) -> tuple[str, int]:
+    """The kind of an attend marker's mask and its window or chunk; 0 for plain causal attention.
 
     The mask decides: models pass a window beside masks that do not apply it, and the other way
     round.
@@ -44,14 +46,14 @@ def mask_window(mask: object, *, causal: bool, window: object, where: str) -> in
     mask = _unsliced(mask)
     marked = isinstance(mask, fx.Node) and mask.target is MASK
     kind = mask.args[4] if isinstance(mask, fx.Node) and marked else None
-    if isinstance(mask, fx.Node) and kind in (CAUSAL, SLIDING):
-        return int(mask.args[5])  # type: ignore[arg-type]
+    if isinstance(mask, fx.Node) and kind in (CAUSAL, SLIDING, CHUNKED):
+        return str(kind), int(mask.args[5])  # type: ignore[arg-type]
     raise UnsupportedLayerError(
         "an attention layer cannot be matched",
         where=where,
-        why="it attends without a causal or sliding-window mask"
+        why="it attends without a causal, sliding-window or chunked mask"
         f" (mask {mask}, kind {kind}, causal={causal}, window={window})",
-        do="Bidirectional, chunked and custom masks are not supported.",
+        do="Bidirectional and custom masks are not supported.",
     )
 
 

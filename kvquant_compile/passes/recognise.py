@@ -12,7 +12,7 @@ from torch import fx
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.edit import add_call, add_transpose
 from kvquant_compile.capture.markers import APPEND, ATTEND
-from kvquant_compile.passes.absorb import absorb
+from kvquant_compile.passes.absorb import LATENT, absorb
 from kvquant_compile.passes.masks import attend_plan
 from kvquant_compile.passes.prove import Proof, Prover
 from kvquant_compile.passes.taint import float_value
@@ -84,6 +84,7 @@ def _match(prover: Prover, graph: fx.Graph, append: fx.Node) -> MatchedLayer:
         attends=tuple(map(attend_plan, attends)),
         certificate=_certificate(proof),
         refusal=refusal,
+        latent=int(append.meta.get(LATENT, 0)),
     )
     key_pre = _in_head_layout(graph, proof, kv_heads, key_dim)
     return MatchedLayer(plan, append, key_pre, key, value, attends)

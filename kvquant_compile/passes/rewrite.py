@@ -111,12 +111,13 @@ def _replace_attend(
     constants: LayerConstants,
 ) -> None:
     query, sink_logits = old.args[0], old.args[4]
-    slopes = old.args[10:] if plan.position_bias else ()
+    slopes = old.args[10] if plan.position_bias else None
+    extra = (slopes, plan.chunk) if plan.chunk else (slopes,) if plan.position_bias else ()
     with graph.inserting_before(old):
         new = graph.call_function(
             ops.attend,
             (query, *operands, sink_logits, plan.scale, plan.softcap, plan.window,
-             step["exact_chunk"], str(constants.layout), *slopes),
+             step["exact_chunk"], str(constants.layout), *extra),
         )  # fmt: skip
         output = graph.call_function(operator.getitem, (new, 0))
     new.meta = {k: v for k, v in old.meta.items() if k != "val"}

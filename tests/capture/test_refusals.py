@@ -73,15 +73,6 @@ def test_a_refused_model_is_left_as_it_was():
     assert model.config._attn_implementation == implementation
 
 
-def test_chunked_masks_are_refused():
-    model = zoo.tiny(
-        "llama4_text", num_key_value_heads=2, head_dim=16, attention_chunk_size=8,
-        num_local_experts=2, intermediate_size_mlp=64,
-    )  # fmt: skip
-    with pytest.raises(UnsupportedLayerError, match="neither causal nor a sliding window"):
-        capture(model)
-
-
 def test_unknown_attention_arguments_are_refused():
     model = zoo.tiny("llama")
     attention = model.model.layers[1].self_attn

@@ -22,7 +22,7 @@ def test_latents_are_stored_before_rope(model_type, pairing):
     layers = recognise(captured)
     for layer in layers:
         plan = layer.plan
-        assert (plan.kv_heads, plan.key_dim, plan.value_dim) == (1, 40, 32)
+        assert (plan.kv_heads, plan.key_dim, plan.value_dim, plan.latent) == (1, 40, 32, 32)
         assert (plan.rope.pairing if plan.rope else None) == pairing
         if plan.rope:
             assert plan.rope.passthrough == tuple((i, i) for i in range(32))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import kvquant_compile
 from kvquant_compile.errors import KVQuantError
 from kvquant_compile.runtime.installed import installed
-from tests.survey.shrink import VOCABULARY, tiny_config
+from tests.survey.shrink import tiny_config
 from tests.zoo import randomise
 
 REWRITTEN, AFTER_ROPE, REFUSED, WRONG, FAILED = (
@@ -51,6 +51,16 @@ class Outcome:
     relative_error: float = 0.0
     generated: str = ""
     seconds: float = 0.0
+
+    @property
+    def without_cache(self) -> bool:
+        """Whether the type was refused because it keeps no key-value cache."""
+        return self.outcome == REFUSED and "is no decoder with a key-value" in self.why
+
+    @property
+    def failed(self) -> bool:
+        """Whether something was accepted that is not the original."""
+        return self.outcome == WRONG or self.generated not in ("", "yes")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -151,6 +161,3 @@ def in_child(work: Callable[[], Outcome], name: str, limit: int) -> Outcome:
     result = pickle.loads(data)
     assert isinstance(result, Outcome)
     return result
-
-
-__all__ = ["VOCABULARY", "Outcome", "build", "examine", "in_child"]

@@ -45,9 +45,11 @@ def choice() -> str:
     return chosen
 
 
-def kernel_name(layout: Layout, device: torch.device) -> str:
-    """What runs a layer's ops, for reports."""
+def kernel_name(layout: Layout, device: torch.device, *, bias_or_chunks: bool = False) -> str:
+    """What attends to a layer, for reports; no kernel has position biases or chunks."""
     reason = refusal(layout, device)
+    if bias_or_chunks:
+        reason = reason or "no kernels for position biases and chunked attention"
     if device.type == "cpu" and not interpreting():
         return "torch (CPU)"
     if reason:
