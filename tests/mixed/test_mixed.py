@@ -122,6 +122,7 @@ def test_mixed_tables_are_those_of_a_fit_at_these_widths(recipe: str | None) -> 
         assert all(torch.equal(t, expected[name]) for name, t in tables.tensors().items())
 
 
+@functools.cache
 def explained(bits: Any, **options: Any) -> Report:
     model = kvquant_compile.optimize(tiny("llama"), bits, calibration=TEXT, **options)
     return kvquant_compile.explain(model)
@@ -150,11 +151,10 @@ def test_budgets(budget: Any) -> None:
         assert 85 - 8 <= report.bytes_per_token <= 85
 
 
-@pytest.mark.parametrize("recipe", ["kvquant", "kivi"])
-def test_recipes_are_mixed(recipe: str) -> None:
-    report = explained(2.5, recipe=recipe)
-    assert len({layer.key_bits for layer in report.layers}) > 1 or len(set(widths(report))) > 1
-    low, high = (explained(b, recipe=recipe).bytes_per_token for b in (2, 3))
+def test_recipes_are_mixed() -> None:
+    report = explained(2.5, recipe="kivi")
+    assert len(set(widths(report))) > 1
+    low, high = (explained(b, recipe="kivi").bytes_per_token for b in (2, 3))
     assert low < report.bytes_per_token <= (low + high) / 2
     assert report.calibration["mixed"]["expected_kl"] > 1e-4
 
@@ -212,11 +212,11 @@ def test_keys_that_depend_on_the_values_width_are_refused() -> None:
 def test_a_fraction_beats_interpolation_on_the_demo_model() -> None:
     """In divergence, through packed pages, on a text that was not calibrated on."""
     model, tokenizer = load_model(str(ASSETS), "float32")
-    text = text_windows(read_text(str(ASSETS / "heldout.txt")), tokenizer, 512, 7)
+    text = text_windows(read_text(str(ASSETS / "heldout.txt")), tokenizer, 256, 8)
     kl, sizes = {}, {}
-    exact = [model(ids).logits.detach() for ids in text[:3]]
+    exact = [model(ids).logits.detach() for ids in text[:4]]
     for bits in (2, 2.5, 3):
-        kvquant_compile.optimize(model, bits, calibration=torch.cat(text[3:]), windows=4)
+        kvquant_compile.optimize(model, bits, calibration=torch.cat(text[4:]), windows=4)
         sizes[bits] = kvquant_compile.explain(model).bytes_per_token
         with torch.no_grad(), kvquant_compile.quantised_attention(model):
             kl[bits] = sum(
@@ -226,7 +226,7 @@ def test_a_fraction_beats_interpolation_on_the_demo_model() -> None:
                         log_target=True, reduction="sum",
                     )
                 )
-                for p, ids in zip(exact, text[:3], strict=True)
+                for p, ids in zip(exact, text[:4], strict=True)
             )  # fmt: skip
         kvquant_compile.restore(model)
     assert sizes[2.5] <= (sizes[2] + sizes[3]) / 2
