@@ -18,7 +18,13 @@ from kvquant_compile.passes.rope_numeric import apply_rope
 from kvquant_compile.passes.rotation import parse_rows, rotation_of
 from kvquant_compile.passes.symbolic import POSITION, Interpreter
 from kvquant_compile.passes.symbols import NotInterpretable, Symbolic
-from kvquant_compile.passes.taint import Taint, float_value, rotation_site, taint
+from kvquant_compile.passes.taint import (
+    Taint,
+    float_value,
+    rotation_site,
+    taint,
+    without_token_factor,
+)
 from kvquant_compile.plan import RopeSpec
 
 GROUP_TOLERANCE = 1e-9
@@ -69,6 +75,11 @@ class Prover:
         except NotInterpretable as reason:
             return _refused(f"what happens between {site.pre.name} and {end.name} is no proved"
                             f" rotary embedding: {reason}")  # fmt: skip
+
+    def prove_query(self, end: fx.Node) -> Proof:
+        """As :meth:`prove`, for a query: a factor of every token of its own is part of the score
+        (ministral3 and llama4 scale queries by the logarithm of their position)."""
+        return self.prove(without_token_factor(end, self.known))
 
     def _prove(self, pre: fx.Node, layout: str, end: fx.Node) -> Proof:
         heads, _, width = float_value(end).shape[1:]

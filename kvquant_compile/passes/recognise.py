@@ -106,7 +106,7 @@ def _query_refusal(prover: Prover, proof: Proof, attends: tuple[fx.Node, ...]) -
     for attend in attends:
         query = attend.args[0]
         assert isinstance(query, fx.Node)
-        other = prover.prove(query)
+        other = prover.prove_query(query)
         if other.spec is None:
             reason = other.refusal or "no position reaches it"
             return f"the key is rotated, but its query is not, provably: {reason}"

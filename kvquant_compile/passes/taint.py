@@ -139,3 +139,19 @@ def float_value(node: fx.Node) -> torch.Tensor:
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     return value
+
+
+def without_token_factor(end: fx.Node, known: Taint) -> fx.Node:
+    """What a tensor is before casts and products with tables of one number per token."""
+    while end.op == "call_function":
+        inputs = end.all_input_nodes
+        if op_name(end) in CASTS and len(inputs) == 1 and inputs[0] in known.data:
+            end = inputs[0]
+            continue
+        factors = [i for i in inputs if i in known.tables and float_value(i).shape[-1] == 1]
+        others = [i for i in inputs if i not in factors]
+        single = op_name(end) == "mul" and len(factors) == len(others) == 1
+        if not single or others[0] not in known.data:
+            break
+        end = others[0]
+    return end

@@ -298,7 +298,6 @@ def test_an_optimised_model_cannot_be_copied() -> None:
 
 def test_models_that_cannot_be_captured() -> None:
     Untouched(tiny("llama", rope_parameters=DYNAMIC)).refuses(UnsupportedModelError, "dynamic")
-    Untouched(tiny("gptj")).refuses(UnsupportedModelError, "bypasses the attention interface")
 
 
 @pytest.fixture(scope="module")

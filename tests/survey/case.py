@@ -146,12 +146,15 @@ def in_child(work: Callable[[], Outcome], name: str, limit: int) -> Outcome:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(limit)
-        warnings.simplefilter("ignore")
-        os.close(read)
-        with os.fdopen(write, "wb") as pipe:
-            pickle.dump(work(), pipe)
-        os._exit(0)
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(limit)
+            warnings.simplefilter("ignore")
+            os.close(read)
+            with os.fdopen(write, "wb") as pipe:
+                pickle.dump(work(), pipe)
+        finally:
+            os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         data = pipe.read()
