@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,6 +10,7 @@ from kvquant_compile.lowering.attend import CacheView, Site
 from kvquant_compile.lowering.hopper.constants import HopperConstants, hopper_constants
 from kvquant_compile.lowering.hopper.module import hopper_kernel
 from kvquant_compile.lowering.hopper.spec import COLUMN_GROUP, HopperSpec, Memory, unsupported
+from kvquant_compile.lowering.remembered import Remembered
 from kvquant_compile.lowering.triton.compat import interpreting
 from kvquant_compile.lowering.triton.prepared import page_addresses
 
@@ -130,40 +127,23 @@ def _filled(programs: int, resident: int) -> float:
     return programs / (-(-programs // resident) * resident)
 
 
-@functools.cache
-def _known() -> dict[tuple[str, int], tuple[weakref.ref[Tensor], Any]]:
-    return {}
-
-
-def _remembered(kind: str, anchor: Tensor) -> Any:
-    """What was made for a tensor, as long as that tensor lives."""
-    found = _known().get((kind, id(anchor)))
-    return found[1] if found is not None and found[0]() is anchor else None
-
-
-def _remember(kind: str, anchor: Tensor, made: Any) -> None:
-    key = (kind, id(anchor))
-    _known()[key] = (weakref.ref(anchor, lambda _: _known().pop(key, None)), made)
+_CONSTANTS: Remembered[HopperConstants] = Remembered()
+_COUNTERS: Remembered[dict[int, Tensor]] = Remembered()
 
 
 def _constants(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> HopperConstants:
     """A layer's constants, made once for its tables."""
-    made = _remembered("constants", tables[0])
-    if made is None:
-        made = hopper_constants(layout, tables, geometry)
-        _remember("constants", tables[0], made)
-    return made
+    return _CONSTANTS.get(tables[0], lambda: hopper_constants(layout, tables, geometry))
 
 
 def _counters(table: Tensor, programs: int) -> Tensor:
     """Zeroed counters of a cache, which its launches leave zeroed.
 
     They belong to the block table: launches on one cache follow each other, those on two caches
-    may overlap.
+    may overlap. Counters for other numbers of programs stay: a captured graph may point at them.
     """
-    size = programs * COUNTER_WORDS + 1024
-    made = _remembered("counters", table)
-    if made is None or made.numel() < size:
-        made = torch.zeros(size, dtype=torch.int32, device=table.device)
-        _remember("counters", table, made)
-    return made
+    sizes = _COUNTERS.get(table, dict)
+    if programs not in sizes:
+        size = programs * COUNTER_WORDS + 1024
+        sizes[programs] = torch.zeros(size, dtype=torch.int32, device=table.device)
+    return sizes[programs]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import LayerTables
+from kvquant_compile.lowering.remembered import Remembered
 from kvquant_compile.lowering.triton.spec import table_bias
 
 
@@ -45,19 +45,12 @@ class Prepared:
     rotated: int
 
 
-_KNOWN: dict[int, tuple[weakref.ref[Tensor], Prepared]] = {}
+_PREPARED: Remembered[Prepared] = Remembered()
 
 
 def prepared(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> Prepared:
     """Constants of a layer, made once for its tables (this copies to the host) and kept."""
-    anchor = tables[0]
-    known = _KNOWN.get(id(anchor))
-    if known is not None and known[0]() is anchor:
-        return known[1]
-    made = _prepare(layout, tables, geometry)
-    key = id(anchor)
-    _KNOWN[key] = (weakref.ref(anchor, lambda _: _KNOWN.pop(key, None)), made)
-    return made
+    return _PREPARED.get(tables[0], lambda: _prepare(layout, tables, geometry))
 
 
 def _prepare(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> Prepared:
