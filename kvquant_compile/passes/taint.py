@@ -142,16 +142,21 @@ def float_value(node: fx.Node) -> torch.Tensor:
 
 
 def without_token_factor(end: fx.Node, known: Taint) -> fx.Node:
-    """What a tensor is before casts and products with tables of one number per token."""
-    while end.op == "call_function":
-        inputs = end.all_input_nodes
-        if op_name(end) in CASTS and len(inputs) == 1 and inputs[0] in known.data:
-            end = inputs[0]
+    """What a tensor is before its products with tables of one number per token.
+
+    Casts are walked over only on the way to such a product: without one, the tensor itself is
+    returned, whose dtype says how exactly the rotation was computed.
+    """
+    node, found = end, end
+    while node.op == "call_function":
+        inputs = node.all_input_nodes
+        if op_name(node) in CASTS and len(inputs) == 1 and inputs[0] in known.data:
+            node = inputs[0]
             continue
         factors = [i for i in inputs if i in known.tables and float_value(i).shape[-1] == 1]
         others = [i for i in inputs if i not in factors]
-        single = op_name(end) == "mul" and len(factors) == len(others) == 1
+        single = op_name(node) == "mul" and len(factors) == len(others) == 1
         if not single or others[0] not in known.data:
             break
-        end = others[0]
-    return end
+        node = found = others[0]
+    return found
