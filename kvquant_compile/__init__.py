@@ -8,6 +8,7 @@ See :func:`optimize`; the package's README lists the parts.
 from kvquant_compile.api import (
     artifact,
     explain,
+    load_cache,
     new_cache,
     optimize,
     restore,
@@ -45,6 +46,7 @@ __all__ = [
     "ValidationError",
     "artifact",
     "explain",
+    "load_cache",
     "new_cache",
     "optimize",
     "quantised_attention",

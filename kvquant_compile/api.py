@@ -29,6 +29,7 @@ from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.plugback import install, output_type, uninstall
 from kvquant_compile.runtime.program import build_program
+from kvquant_compile.runtime.saved import load
 from kvquant_compile.runtime.validate import validate_lossless
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -221,6 +222,22 @@ def new_cache(model: nn.Module) -> QuantizedCache:
     return installed(model).program.new_cache()
 
 
+def load_cache(path: str | Path, model: nn.Module) -> QuantizedCache:
+    """A cache that :meth:`QuantizedCache.save` wrote, to be passed on as ``past_key_values``.
+
+    Args:
+        path: the file.
+        model: the optimised model that it was saved from, or the same loaded again and optimised
+            with the same artifact.
+
+    Raises:
+        OptionError: the model is not optimised.
+        ArtifactError: no such file, damaged, of another version, or of another model or tables.
+    """
+    program = installed(model).program
+    return load(program.new_cache(), program.identity(), path)
+
+
 def _refuse_optimised(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise OptionError(
@@ -277,6 +294,7 @@ def _check_refusals(layers: Sequence[MatchedLayer], strict: bool) -> None:
 __all__ = [
     "artifact",
     "explain",
+    "load_cache",
     "new_cache",
     "optimize",
     "restore",

@@ -36,7 +36,7 @@ class CalibrationError(KVQuantError):
 
 
 class ArtifactError(KVQuantError):
-    """A saved artifact is damaged, of another version, or belongs to another model."""
+    """A saved artifact or cache is damaged, of another version, or belongs to another model."""
 
 
 class CacheError(KVQuantError):

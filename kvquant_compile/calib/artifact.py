@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 
 from kvquant_compile.calib.fingerprint import fingerprint
 from kvquant_compile.capture.captured import Captured
@@ -19,10 +15,13 @@ from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables
 from kvquant_compile.codec.formats import Format, Tables
 from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.errors import ArtifactError
+from kvquant_compile.files import FileKind
 from kvquant_compile.passes.recognise import MatchedLayer
 
-KIND, VERSION = "kvquant_compile tables", "2"  # 2: key_feedback in pair order
 _REDO = "Calibrate again with kvquant_compile.optimize and save the artifact anew."
+_FILE = FileKind(
+    "artifact", "kvquant_compile tables", "2", ArtifactError, _REDO
+)  # version 2: key_feedback in pair order
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +74,7 @@ class Artifact:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         tensors = {
-            f"{index}.{name}": tensor.cpu().contiguous()
+            f"{index}.{name}": tensor
             for index, tables in self.tables.items()
             for name, tensor in tables.tensors().items()
         }
@@ -85,10 +84,7 @@ class Artifact:
             "geometry": {str(i): list(g) for i, g in self.geometry.items()},
             "details": dict(self.details),
         }
-        text = json.dumps(header, sort_keys=True)
-        metadata = {"kind": KIND, "version": VERSION, "header": text}
-        metadata["checksum"] = _checksum(text, tensors)
-        save_file(tensors, path, metadata=metadata)
+        _FILE.write(path, header, tensors)
 
     @staticmethod
     def load(path: str | Path) -> Artifact:
@@ -97,19 +93,7 @@ class Artifact:
         Raises:
             ArtifactError: no such file, no artifact, another version, or damaged.
         """
-        metadata, tensors = _read(path)
-        if metadata.get("kind") != KIND or metadata.get("version") != VERSION:
-            raise ArtifactError(
-                "the file cannot be used as an artifact",
-                where=str(path),
-                why=f"it is {metadata.get('kind', 'no artifact of this library')!r}, version "
-                f"{metadata.get('version')}; {KIND!r}, version {VERSION} is needed",
-                do=_REDO,
-            )
-        text = metadata.get("header", "")
-        if metadata.get("checksum") != _checksum(text, tensors):
-            raise _damaged(path, "its checksum does not match its content")
-        header = json.loads(text)
+        header, tensors = _FILE.read(path)
         specs = {int(i): _format(spec) for i, spec in header["specs"].items()}
         geometry = {int(i): (g[0], g[1], g[2]) for i, g in header["geometry"].items()}
         tables = {i: _tables(i, spec, tensors) for i, spec in specs.items() if not spec.lossless}
@@ -135,30 +119,3 @@ def _tables(index: int, spec: Format, tensors: Mapping[str, torch.Tensor]) -> Ta
 def _geometry(layers: Sequence[MatchedLayer]) -> dict[int, tuple[int, int, int]]:
     plans = [layer.plan for layer in layers]
     return {p.index: (p.kv_heads, p.key_dim, p.value_dim) for p in plans}
-
-
-def _read(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            "no such artifact", where=str(path), why="the file does not exist", do=_REDO
-        ) from error
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
-
-
-def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest of the header and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _damaged(path: str | Path, why: str) -> ArtifactError:
-    return ArtifactError("the artifact is damaged", where=str(path), why=why, do=_REDO)

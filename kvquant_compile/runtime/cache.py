@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import CacheError
 from kvquant_compile.runtime.columns import Columns
+from kvquant_compile.runtime.identity import Identity
 from kvquant_compile.runtime.layer import QuantizedLayer
 
 # How far beyond the present a reserved cache allocates at once, in tokens of a sequence: a
@@ -61,6 +63,7 @@ class QuantizedCache(Cache):
         device: where the pages live.
         most: columns that the model can place, where it has tables of positions; None: any.
         states: makes the cache of layers with a recurrent state, which are kept as they are.
+        identity: what :meth:`save` binds files to; None where caches cannot be saved.
     """
 
     def __init__(
@@ -70,10 +73,11 @@ class QuantizedCache(Cache):
         device: torch.device,
         most: int | None = None,
         states: Callable[[], Cache | None] = lambda: None,
+        identity: Callable[[], Identity] | None = None,
     ) -> None:
         super().__init__(layers=[QuantizedLayer(layout, self) for layout in layouts])
         self.dtype, self.device, self.most = dtype, device, most
-        self.new_states = states
+        self.new_states, self.identity = states, identity
         self.reset()
 
     @property
@@ -105,6 +109,19 @@ class QuantizedCache(Cache):
         """Let the next allocation reach for ``tokens`` columns, of which ``generate`` knows that
         they will come; :data:`AHEAD` of the step's at most, or a sixteenth more."""
         self.reserved = tokens
+
+    def adopt(self, table: Tensor, positions: Tensor, lengths: Tensor, columns: int) -> None:
+        """Take over another cache's bookkeeping; the caller brings pages, sinks and masks.
+
+        Args:
+            table: int32 [B, n]; no page twice.
+            positions: int32 [B, 64 n].
+            lengths: int32 [B].
+            columns: cached ones, padding included.
+        """
+        self.batch, self.columns, self.storage = len(lengths), columns, object()
+        moved = (tensor.to(self.device, copy=True) for tensor in (table, positions, lengths))
+        self.table, self.positions, self.lengths = moved
 
     def begin(self, positions: Tensor, attention_mask: Tensor | None) -> Step:
         """Prepare a step: allocate its pages and decide where its tokens go.
@@ -219,7 +236,7 @@ class QuantizedCache(Cache):
         for layer in self.pages:
             layer.select(ids, rows)
         self.masks.select(rows)
-        for state in self._states():
+        for state in self.recurrent_layers():
             state.reorder_cache(rows)  # type: ignore[arg-type]
         positions, lengths = self.positions[rows], self.lengths[rows]
         width, batch = self.table.shape[1], rows.numel()
@@ -233,12 +250,41 @@ class QuantizedCache(Cache):
         self.lengths.copy_(lengths)
         self.table.copy_(table.view(batch, width))
 
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file, which :func:`kvquant_compile.load_cache` reads.
+
+        Raises:
+            CacheError: the cache belongs to no optimised model.
+            ArtifactError: the file cannot be written.
+        """
+        from kvquant_compile.runtime.saved import save
+
+        if self.identity is None:
+            raise CacheError(
+                "this cache cannot be saved",
+                why="it was not made by an optimised model, so that nothing says what it is of",
+                do="Use the cache that the model returns, or kvquant_compile.new_cache(model).",
+            )
+        save(self, self.identity(), path)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: pickled pages could be loaded into any model.
+
+        Raises:
+            CacheError: always.
+        """
+        raise CacheError(
+            "a quantised cache cannot be pickled",
+            why="its pages mean nothing without the tables they were coded with",
+            do="Use cache.save(path) and kvquant_compile.load_cache(path, model).",
+        )
+
     def nbytes(self) -> int:
         """Every byte the cache has allocated: pages, exact tokens, block table, positions, and
         recurrent states."""
         kept = [
             tensor
-            for state in self._states()
+            for state in self.recurrent_layers()
             for tensor in (*state.conv_states.values(), *state.recurrent_states.values())
         ]
         return self._paged_bytes() + sum(t.nbytes for t in kept if t is not None)
@@ -248,7 +294,8 @@ class QuantizedCache(Cache):
         total = sum(t.nbytes for t in shared) + self.masks.nbytes()
         return total + sum(layer.nbytes() for layer in self.pages)
 
-    def _states(self) -> list[LinearAttentionLayer]:
+    def recurrent_layers(self) -> list[LinearAttentionLayer]:
+        """The layers that keep a recurrent state, in order."""
         layers = [] if self.states is None else self.states.layers
         return [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
 

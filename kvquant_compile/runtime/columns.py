@@ -6,6 +6,8 @@ of a sequence (see :mod:`kvquant_compile.runtime.cache`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,6 +36,20 @@ class Columns:
     def nbytes(self) -> int:
         """Allocated bytes."""
         return sum(buffer.nbytes for buffer in self._buffers())
+
+    def state(self, columns: int) -> dict[str, Tensor]:
+        """The buffers' first ``columns`` columns by name; without those that say nothing."""
+        if self.stored is None or self.shown is None:
+            return {}
+        named = {"stored": self.stored, "shown": self.shown}
+        if self.shown is self.stored:
+            del named["shown"]
+        return {name: buffer[:, :columns] for name, buffer in named.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` returned, of another cache's columns."""
+        self.stored = state["stored"] if state else None
+        self.shown = state.get("shown", self.stored)
 
     def read(self, mask: Tensor, columns: int, positions: Tensor) -> Tensor | None:
         """Take in a mask over the cached columns and a step's; hides and shows cached tokens.

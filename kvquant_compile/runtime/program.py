@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.leaves import STATES, new_states
@@ -18,6 +18,7 @@ from kvquant_compile.passes.device_past import COLUMNS
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
 from kvquant_compile.runtime.cache import QuantizedCache, Step
+from kvquant_compile.runtime.identity import Identity
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,8 @@ class Program:
         layouts: page layout by position in the cache; ``indices`` are the cache indices.
         indices: cache index of every layout.
         device, dtype: baked into the graph.
+        model: whose weights the graph reads.
+        tables: calibrated constants by cache index; None for lossless layers.
     """
 
     graph_module: fx.GraphModule
@@ -36,6 +39,8 @@ class Program:
     indices: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    model: nn.Module
+    tables: Mapping[int, Tables | None]
 
     @functools.cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -47,7 +52,11 @@ class Program:
         """An empty cache."""
         most = self.graph_module.meta.get(COLUMNS)
         states = functools.partial(new_states, self.graph_module)
-        return QuantizedCache(self.layouts, self.dtype, self.device, most, states)
+        return QuantizedCache(self.layouts, self.dtype, self.device, most, states, self.identity)
+
+    def identity(self) -> Identity:
+        """What caches of this program are bound to once they are saved."""
+        return Identity.of(self.model, self.layouts, self.tables, self.dtype)
 
     def run(
         self,
@@ -133,4 +142,6 @@ def build_program(
         indices,
         device,
         dtype,
+        captured.model,
+        dict(tables),
     )
