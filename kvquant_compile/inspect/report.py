@@ -1,84 +1,32 @@
-"""What ``explain`` returns: matched, proved, rewritten, what runs, and what it costs."""
+"""What ``explain`` returns: matched, proved, rewritten, what runs, and what it costs.
+
+The record is here; :mod:`.facts` says it in sentences, :mod:`.terminal` and :mod:`.notebook`
+print it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import torch
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.formats import Layout
-from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import OptionError
+from kvquant_compile.inspect.layer import LayerReport, layer_report
 from kvquant_compile.inspect.source import LayerSource
-from kvquant_compile.lowering.triton.dispatch import kernel_name, refusal
 from kvquant_compile.passes.recognise import MatchedLayer
-from kvquant_compile.plan import LayerPlan
 from kvquant_compile.runtime.program import Program
 
-REFERENCE, GENERATED = "reference op", "generated kernel"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One cache layer.
-
-    Attributes:
-        index: cache index.
-        kv_heads, query_heads, key_dim, value_dim: geometry.
-        rope: pairing and rotated channels, ``none``, or ``kept`` where keys are stored rotated.
-        proof: how the rotation was established.
-        source: line of the model that rotates.
-        window, softcap, chunk: of the attention; 0 for none.
-        position_bias: whether scores fall with the distance (ALiBi).
-        recipe: name of the format.
-        key_bits, value_bits: width of a code; of a recipe made of blocks, its own effective bits.
-        slots: outlier slots of keys and values; "-" for such a recipe.
-        effective_bits: of a full page, everything included.
-        bytes_per_token: packed, one sequence; ``reference_bytes`` at the model's own dtype.
-        exact_bytes: of exact tokens (sinks, a recipe's tail) beside the pages, one sequence.
-        implementation: "generated kernel" or "reference op".
-        kernel: which of them, and why.
-        refusal: why keys are not stored before RoPE, if they are not.
-        certificate: the proof's evidence.
-    """
-
-    index: int
-    kv_heads: int
-    query_heads: int
-    key_dim: int
-    value_dim: int
-    rope: str
-    proof: str
-    source: str
-    window: int
-    softcap: float
-    recipe: str
-    key_bits: float
-    value_bits: float
-    slots: str
-    effective_bits: float
-    bytes_per_token: float
-    reference_bytes: int
-    exact_bytes: int
-    implementation: str
-    kernel: str
-    refusal: str
-    certificate: Mapping[str, Any]
-    chunk: int = 0
-    position_bias: bool = False
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
 class Report:
-    """An optimised model's report; ``print`` it, or take :meth:`to_dict`.
+    """An optimised model's report; ``print`` it, show it in a notebook, or take :meth:`to_dict`.
 
     Attributes:
         model: class name.
@@ -119,6 +67,16 @@ class Report:
         """Bytes at the model's dtype over packed bytes."""
         return sum(r.reference_bytes for r in self.layers) / self.bytes_per_token
 
+    @property
+    def worst_error(self) -> float:
+        """Largest relative error of the lossless rewrite against the original."""
+        return max(self.validation.values(), default=0.0)
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Cache index -> why its keys are not stored before RoPE, where they are not."""
+        return {layer.index: layer.refusal for layer in self.layers if layer.refusal}
+
     def only(self, index: int) -> Report:
         """The report of one cache layer; totals are its own.
 
@@ -141,165 +99,31 @@ class Report:
             "bytes_per_token": self.bytes_per_token,
             "compression": self.compression,
         }
-        record = asdict(self) | {"totals": totals}
+        refused = {str(index): why for index, why in self.refused.items()}
+        record = asdict(self) | {"totals": totals, "refused": refused}
         if not self.sources:
             del record["sources"]
         return record
 
     def __rich__(self) -> Group:
-        worst = max(self.validation.values(), default=0.0)
-        head = (
-            f"{self.model} ({self.dtype}, {self.device}): {len(self.layers)} attention layers "
-            f"rewritten, {self.effective_bits:.3f} effective bits, "
-            f"{self.bytes_per_token:,.1f} bytes per token, {self.compression:.2f}x smaller"
-        )
-        exact = sum(report.exact_bytes for report in self.layers)
-        proof = f"lossless rewrite against the original: worst relative error {worst:.1e}"
-        shown = {k: v for k, v in self.calibration.items() if k not in ("fit", "mixed")}
-        beside = f"beside the pages: {exact:,} bytes of exact tokens a sequence"
-        origin = "calibration: " + ", ".join(f"{k} {v}" for k, v in shown.items())
-        lines = [*([beside] if exact else []), proof, origin]
-        lines += [_mixture(self.calibration["mixed"])] if "mixed" in self.calibration else []
-        lines += [f"decode step: {self.decode_step}"] if self.decode_step else []
-        texts = [Text("\n" + str(source)) for source in self.sources]
-        return Group(Text(head, style="bold"), self._table(), *map(Text, lines), *texts)
+        from kvquant_compile.inspect.terminal import rendered
 
-    def _table(self) -> Table:
-        table = Table(show_edge=False, pad_edge=False)
-        names = ("layers", "heads q/kv", "dim", "RoPE", "proof", "mask", "recipe", "K/V bits",
-                 "eff. bits", "B/token", "runs")  # fmt: skip
-        for name in names:
-            table.add_column(name)
-        for group in _runs(self.layers):
-            table.add_row(*_cells(group))
-        for report in self.layers:
-            if report.refusal:
-                table.caption = f"layer {report.index}: keys kept rotated: {report.refusal}"
-        return table
+        return rendered(self)
 
     def __str__(self) -> str:
-        console = Console(width=150, record=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        from kvquant_compile.inspect.terminal import as_text
 
+        return as_text(self)
 
-def _runs(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
-    """Neighbouring layers that differ in their index only, together."""
-    groups: list[list[LayerReport]] = []
-    for report in layers:
-        if groups and _cells([groups[-1][-1]])[1:] == _cells([report])[1:]:
-            groups[-1].append(report)
-        else:
-            groups.append([report])
-    return groups
+    def _repr_html_(self) -> str:
+        from kvquant_compile.inspect.notebook import as_html
 
-
-def _cells(group: list[LayerReport]) -> tuple[str, ...]:
-    first, last = group[0], group[-1]
-    span = str(first.index) if first is last else f"{first.index}-{last.index}"
-    dims = {first.key_dim, first.value_dim}
-    return (
-        span,
-        f"{first.query_heads}/{first.kv_heads}",
-        "/".join(map(str, sorted(dims))),
-        first.rope,
-        first.proof,
-        _mask(first),
-        first.recipe + ("" if first.slots in ("-", "0+0") else f" {first.slots}"),
-        f"{first.key_bits:.4g}/{first.value_bits:.4g}",
-        f"{first.effective_bits:.3f}",
-        f"{first.bytes_per_token:.1f}",
-        _runs_by(first),
-    )
-
-
-def _mask(layer: LayerReport) -> str:
-    sizes = {"window": layer.window, "chunks of": layer.chunk}
-    parts = [f"{name} {size}" for name, size in sizes.items() if size] or ["causal"]
-    parts += [f"cap {layer.softcap:g}"] if layer.softcap else []
-    return ", ".join(parts + (["ALiBi"] if layer.position_bias else []))
-
-
-def _runs_by(report: LayerReport) -> str:
-    if report.implementation == REFERENCE:
-        return report.kernel.replace("torch", REFERENCE, 1)
-    return f"{GENERATED}: {report.kernel}"
+        return as_html(self)
 
 
 def describe_decode(refusal: str) -> str:
     """How decode steps run; ``refusal`` is why not as a CUDA graph."""
     return f"eager, no CUDA graph: {refusal}" if refusal else "CUDA graph"
-
-
-def layer_report(plan: LayerPlan, layout: Layout, recipe: str, device: torch.device) -> LayerReport:
-    """The report of one layer."""
-    site, cert = plan.attends[0], plan.certificate
-    key_bits, value_bits, slots = _widths(layout)
-    torch_only = refusal(layout, device) or site.chunk or site.position_bias
-    channels = plan.key_dim + plan.value_dim - plan.latent
-    reference = plan.kv_heads * channels * layout.itemsize
-    return LayerReport(
-        index=plan.index,
-        kv_heads=plan.kv_heads,
-        query_heads=site.query_heads,
-        key_dim=plan.key_dim,
-        value_dim=plan.value_dim,
-        rope=_rope(plan),
-        proof=str(cert.get("method", "no rotation")),
-        source=str(cert.get("source", "")),
-        window=site.window,
-        softcap=site.softcap,
-        recipe=recipe,
-        key_bits=key_bits,
-        value_bits=value_bits,
-        slots=slots,
-        effective_bits=layout.effective_bits,
-        bytes_per_token=plan.kv_heads * layout.page_bytes / PAGE_TOKENS,
-        reference_bytes=reference,
-        exact_bytes=plan.kv_heads * layout.exact_rows * layout.exact_width * layout.itemsize,
-        implementation=REFERENCE if torch_only else GENERATED,
-        kernel=kernel_name(layout, device, bias_or_chunks=bool(site.chunk or site.position_bias)),
-        refusal=plan.refusal,
-        certificate=dict(cert),
-        chunk=site.chunk,
-        position_bias=site.position_bias,
-    )
-
-
-def _widths(layout: Layout) -> tuple[float, float, str]:
-    """Key bits, value bits, slots."""
-    if isinstance(layout, BlockLayout):
-        recipe = layout.recipe
-        bits = (recipe.keys.effective_bits(layout.key_dim),
-                recipe.values.effective_bits(layout.value_dim))  # fmt: skip
-        return *bits, "-"
-    spec = layout.spec
-    return spec.key_bits, spec.value_bits, f"{spec.key_slots}+{spec.value_slots}"
-
-
-def _mixture(mixed: Mapping[str, Any]) -> str:
-    """How the widths were chosen."""
-    how = "measured one at a time" if mixed["method"] == "measured" else "from gradients"
-    return (
-        f"widths: chosen for {mixed['asked']} ({mixed['bytes_per_token']:,.1f} bytes a token), "
-        f"losses {how}, expected KL {mixed['expected_kl']:.4f} nats"
-    )
-
-
-def _rope(plan: LayerPlan) -> str:
-    if plan.refusal or plan.kept is not None:
-        return "kept"
-    if plan.rope is None:
-        return "none"
-    turned = 2 * len(plan.rope.in_pairs)
-    return f"{plan.rope.pairing} {turned}" + (f"/{plan.key_dim}" if turned < plan.key_dim else "")
-
-
-def _recipe_name(layout: Layout, artifact: Artifact) -> str:
-    if isinstance(layout, BlockLayout):
-        return layout.recipe.name
-    return "lossless" if layout.lossless else str(artifact.details.get("recipe", "kvquant+"))
 
 
 def build_report(
@@ -316,10 +140,16 @@ def build_report(
         dtype=str(program.dtype).removeprefix("torch."),
         device=str(program.device),
         layers=tuple(
-            layer_report(layer.plan, layout, _recipe_name(layout, artifact), program.device)
+            layer_report(layer, layout, _recipe_name(layout, artifact), program.device)
             for layer, layout in zip(layers, program.layouts, strict=True)
         ),
         validation=dict(validation),
         calibration=artifact.details,
         sinks=max((layout.sink_tokens for layout in program.layouts), default=0),
     )
+
+
+def _recipe_name(layout: Layout, artifact: Artifact) -> str:
+    if isinstance(layout, BlockLayout):
+        return layout.recipe.name
+    return "lossless" if layout.lossless else str(artifact.details.get("recipe", "kvquant+"))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.run import Evaluator
+from kvquant_compile.capture.source_lines import source_line
 from kvquant_compile.capture.stand_ins import input_values
 from kvquant_compile.passes.angles import AngleReader
 from kvquant_compile.passes.group_law import POINTS, group_law_residual
@@ -104,7 +105,7 @@ class Prover:
             "pairs": len(spec.in_pairs), "scale": spec.scale,
             "group_law_points": [list(point) for point in POINTS], "group_law_residual": law,
             "angle_relative_error": angle_error, "table_misfit": misfit,
-            "probe_relative_error": probe, "source": _source(end),
+            "probe_relative_error": probe, "source": str(source_line(end) or ""),
         }  # fmt: skip
         return Proof(pre, layout, spec, "", evidence)
 
@@ -182,14 +183,3 @@ def _from_heads(x: Tensor, layout: str) -> Tensor:
         return x
     moved = x.transpose(1, 2)
     return moved if layout == "bshd" else moved.flatten(2)
-
-
-def _source(node: fx.Node) -> str:
-    """The last line of the model's source in a node's stack trace."""
-    lines = [line.strip() for line in node.meta.get("stack_trace", "").splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if not frames:
-        return ""
-    place = lines[frames[-1]]
-    file = place.split('"')[1].rsplit("/", 1)[-1]
-    return f"{file}:{place.split('line ')[1].split(',')[0]}: {' '.join(lines[frames[-1] + 1 :])}"
