@@ -206,3 +206,34 @@ class IsCausalDecoder(_Decoder):
 
     def rope(self, past: int, length: int) -> Any:
         return self.cos[past : past + length], self.sin[past : past + length]
+
+
+class _SeparateBlock(_Block):
+    """Query and key turned by calls of their own, each with positions and frequencies."""
+
+    @staticmethod
+    def turn(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+        angle = positions[:, None] * frequencies
+        even, odd = x[..., ::2], x[..., 1::2]
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+    def attention(self, x: Tensor, rope: Any, past: Any) -> Any:
+        query, key, value = (t.transpose(1, 2) for t in self.heads(x))
+        positions, frequencies = rope
+        query = self.turn(query, positions, frequencies)
+        key = self.turn(key, positions, frequencies)
+        key, value = cache = _join(past, key, value, 2)
+        total, length = key.shape[2], x.shape[1]
+        mask = torch.ones(length, total, dtype=torch.bool).tril(total - length)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2), cache
+
+
+class SeparateDecoder(_Decoder):
+    """Interleaved pairs; nothing is shared between the query's and the key's rotation."""
+
+    block = _SeparateBlock
+
+    def rope(self, past: int, length: int) -> Any:
+        return torch.arange(past, past + length).float(), self.frequencies
