@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import Site
-from kvquant_compile.lowering.triton.dispatch import use_hopper
+from kvquant_compile.lowering.triton.dispatch import use_gluon
 
 
 def kernels_source(
@@ -27,20 +27,21 @@ def kernels_source(
     Returns:
         Kernel name -> text.
     """
-    write = _hopper if use_hopper(layout, tables[0].device) else _portable
+    write = _gluon if use_gluon(layout, tables[0].device) else _portable
     name, text = write(layout, tables, geometry, site, columns)
     return {name: text}
 
 
-def _hopper(
+def _gluon(
     layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], site: Site, columns: int
 ) -> tuple[str, str]:
-    from kvquant_compile.lowering.hopper.constants import hopper_constants
-    from kvquant_compile.lowering.hopper.history import hopper_source
-    from kvquant_compile.lowering.hopper.launch import hopper_spec
+    from kvquant_compile.lowering.gluon.constants import gluon_constants
+    from kvquant_compile.lowering.gluon.history import gluon_source
+    from kvquant_compile.lowering.gluon.launch import bulk_copies, gluon_spec
 
-    spec = hopper_spec(layout, hopper_constants(layout, tables, geometry), site, columns)
-    return spec.name, hopper_source(spec)
+    constants, bulk = gluon_constants(layout, tables, geometry), bulk_copies(tables[0].device)
+    spec = gluon_spec(layout, constants, site, columns, bulk=bulk)
+    return spec.name, gluon_source(spec)
 
 
 def _portable(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant_compile.lowering.hopper import launch
+from kvquant_compile.lowering.gluon import launch
 from kvquant_compile.lowering.remembered import Remembered
 
 

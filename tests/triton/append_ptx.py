@@ -23,9 +23,9 @@ from triton.compiler import ASTSource
 
 from kvquant_compile.lowering.triton import append as kernels
 from kvquant_compile.lowering.triton.append_source import AppendSpec
-from tests.hopper.ptx.decode import Kernel, decode
-from tests.hopper.ptx.machine import Schedule, launch
-from tests.hopper.ptx.memory import Memory
+from tests.gluon.ptx.decode import Kernel, decode
+from tests.gluon.ptx.machine import Schedule, launch
+from tests.gluon.ptx.memory import Memory
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",

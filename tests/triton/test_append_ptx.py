@@ -86,7 +86,7 @@ def test_any_order_of_programs_that_share_words(seed: int) -> None:
 def test_a_wrong_instruction_is_found_out(
     old: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.hopper.ptx.decode import decode
+    from tests.gluon.ptx.decode import decode
     from tests.triton import append_ptx
 
     changed = []

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import CacheView, Site
-from kvquant_compile.lowering.hopper import launch
+from kvquant_compile.lowering.gluon import launch
 from kvquant_compile.lowering.triton import prefill
 from kvquant_compile.lowering.triton.compat import launch_options, native
-from kvquant_compile.lowering.triton.dispatch import use_hopper
+from kvquant_compile.lowering.triton.dispatch import use_gluon
 from kvquant_compile.lowering.triton.merge import merge_kernel
 from kvquant_compile.lowering.triton.module import history_kernel
 from kvquant_compile.lowering.triton.prepared import (
@@ -58,7 +58,7 @@ def attend(
     query, key, value = (_rows(x) for x in (query, key, value))
     if query.shape[2] > OWN_STEPS:
         return prefill.attend(query, key, value, slots, history, cache, site, exact_chunk)
-    if use_hopper(layout, query.device):
+    if use_gluon(layout, query.device):
         return launch.attend(query, key, value, slots, history, cache, site, exact_chunk)
     partial, partial_lse = _attend_pages(query, slots, history, cache, site, exact_chunk)
     constants = prepared(layout, cache.tables, cache.geometry)

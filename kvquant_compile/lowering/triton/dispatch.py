@@ -17,7 +17,7 @@ from kvquant_compile.lowering.triton.compat import interpreting, unavailable
 from kvquant_compile.lowering.triton.spec import unsupported
 
 SWITCH = "KVQUANT_KERNELS"
-CHOICES = ("auto", "portable", "torch")
+CHOICES = ("auto", "ampere", "portable", "torch")
 
 
 def refusal(layout: Layout, device: torch.device) -> str:
@@ -29,8 +29,8 @@ def refusal(layout: Layout, device: torch.device) -> str:
 
 
 def choice() -> str:
-    """What the environment asks for: "auto", "portable" (no back end for one architecture) or
-    "torch" (no kernels).
+    """What the environment asks for: "auto", "ampere" (on newer GPUs too, the kernels that older
+    ones run), "portable" (no back end for one vendor) or "torch" (no kernels).
 
     Raises:
         OptionError: anything else.
@@ -54,15 +54,19 @@ def kernel_name(layout: Layout, device: torch.device, *, bias_or_chunks: bool = 
         return "torch (CPU)"
     if reason:
         return f"torch ({device.type}): {reason}"
-    back_end = "gluon hopper" if use_hopper(layout, device) else "triton portable"
+    back_end = "gluon" if use_gluon(layout, device) else "triton portable"
     return f"{back_end} ({_architecture(device)})"
 
 
-def use_hopper(layout: Layout, device: torch.device) -> bool:
-    """Whether decode steps run the back end for NVIDIA Hopper and later."""
-    from kvquant_compile.lowering.hopper import launch
+def use_gluon(layout: Layout, device: torch.device) -> bool:
+    """Whether decode steps run the back end for NVIDIA Ampere and later."""
+    from kvquant_compile.lowering.gluon import launch
 
-    return choice() == "auto" and isinstance(layout, PageLayout) and launch.applies(layout, device)
+    return (
+        choice() in ("auto", "ampere")
+        and isinstance(layout, PageLayout)
+        and launch.applies(layout, device)
+    )
 
 
 def use_kernels(x: Tensor, format: str) -> bool:

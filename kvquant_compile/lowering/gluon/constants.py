@@ -1,0 +1,209 @@
+"""A layer's constants as the Gluon kernel reads them: one block of bytes per head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.codec.layout import PageLayout, padded
+from kvquant_compile.codec.spec import LayerTables
+from kvquant_compile.lowering.gluon.queries import EXPLICIT_EXPONENT
+from kvquant_compile.lowering.gluon.slots import HEADROOM
+from kvquant_compile.lowering.gluon.spec import LINEAR_LIMIT, Constants, GluonSpec
+from kvquant_compile.lowering.triton.prepared import half_words
+from kvquant_compile.lowering.triton.spec import table_bias
+
+
+@dataclass(frozen=True, eq=False)
+class GluonConstants:
+    """Constants of one layer (H kv heads, P pairs), on the layer's device.
+
+    Attributes:
+        block: int32 [H, size / 4], see :class:`~.spec.Constants`.
+        key_unit: float32 [H], what a product of a unit query and scaled keys is to be multiplied
+            by.
+        frequencies, rope_scale: float32 [P].
+        turns: int32 [P, 2], frequencies in turns a position, as 64-bit fractions.
+        query_order: int32 [2 P], or empty.
+        gain, offset: float32 [H, value_dim].
+        explicit: groups of pairs that are rotated explicitly.
+        rotates, stretched: as in :class:`GluonSpec`.
+    """
+
+    block: Tensor
+    key_unit: Tensor
+    frequencies: Tensor
+    turns: Tensor
+    rope_scale: Tensor
+    query_order: Tensor
+    gain: Tensor
+    offset: Tensor
+    explicit: int
+    rotates: bool
+    stretched: bool
+
+
+def explicit_groups(frequencies: Tensor) -> int:
+    """Leading groups of sixteen pairs with one that turns too far for the linear rule."""
+    far = (frequencies.double().abs() * 32 > LINEAR_LIMIT).nonzero().flatten()
+    return 0 if far.numel() == 0 else int(far.max()) // 16 + 1
+
+
+def gluon_constants(
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]
+) -> GluonConstants:
+    """Prepare a layer's constants; copies to the host."""
+    device = tables[0].device
+    host = LayerTables(*(t.cpu() for t in tables))
+    order, frequencies, rope_scale = (x.cpu() for x in geometry[1:])
+    pairs = padded(layout.key_dim) // 2
+    rotates = bool((frequencies != 0).any())
+    explicit = explicit_groups(frequencies) if rotates else 0
+    if frequencies.numel() == 0:
+        frequencies, rope_scale = torch.zeros(pairs), torch.ones(pairs)
+    stretched = rotates and bool((rope_scale != 1).any())
+    spec = GluonSpec(layout, rotates, explicit, 1, False, False, False, stretched)
+    scale, zero = (_width(x, 2 * pairs, v) for x, v in ((host.key_scale, 1.0), (host.key_zero, 0)))
+    unit = torch.exp2(torch.ceil(torch.log2(scale.amax(1))))
+    sections = _sections(spec, host, frequencies.double(), scale / unit[:, None], zero, unit)
+    block = torch.cat([x.reshape(layout.heads, -1) for x in sections], 1)
+    assert block.shape[1] * 4 == Constants(spec).size
+    return GluonConstants(
+        block.contiguous().to(device), unit.float().to(device), frequencies.float().to(device),
+        _turn_fractions(frequencies.double()).to(device), rope_scale.float().to(device),
+        order.to(torch.int32).to(device),
+        host.value_gain.float().contiguous().to(device),
+        host.value_offset.float().contiguous().to(device), explicit, rotates, stretched,
+    )  # fmt: skip
+
+
+def _sections(
+    spec: GluonSpec, host: LayerTables, frequencies: Tensor, scale: Tensor, zero: Tensor,
+    unit: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """The block's sections in order, int32 [H, ...]."""
+    heads = scale.shape[0]
+    out = []
+    if spec.explicit:
+        cos, sin = _offset_angles(spec, frequencies)
+        words = torch.stack([half_words(*x.unbind(-1)) for x in (cos, sin)], 3)
+        out.append(words.expand(heads, *words.shape))
+    if spec.zero_fragments:
+        out.append(_turned_zeros(spec, cos, sin, scale * zero))
+    if spec.rotates:
+        out.append(_turn_words(spec, frequencies).expand(heads, -1, -1))
+    out.append(_scale_words(spec, scale, zero))
+    bits = (spec.layout.spec.key_bits, spec.layout.spec.value_bits)
+    out += [
+        _table_bytes(host.key_table, bits[0], signed=False),
+        _table_bytes(host.value_table, bits[1], signed=True),
+    ]
+    if spec.layout.spec.key_slots:
+        out.append(_outlier_table(spec, frequencies, unit))
+    return out
+
+
+def _width(x: Tensor, width: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(x.double(), (0, width - x.shape[-1]), value=value)
+
+
+def _table_bytes(table: Tensor, bits: int, *, signed: bool) -> Tensor:
+    """Sixteen bytes a head, four times: entries plus their bias; values of up to 3 bits signed."""
+    bias = 0 if signed and bits < 4 else table_bias(bits)
+    data = (table.to(torch.int32) + bias).to(torch.uint8)
+    return torch.nn.functional.pad(data, (0, 16 - data.shape[1])).repeat(1, 4).view(torch.int32)
+
+
+def _fragment_pairs(groups: int) -> Tensor:
+    """Pair of (group, t, half, low): int64 [groups, 4, 2, 2]."""
+    u, t, half, low = torch.meshgrid(*(torch.arange(n) for n in (groups, 4, 2, 2)), indexing="ij")
+    return 16 * u + 8 * half + 2 * t + low
+
+
+def _offset_angles(spec: GluonSpec, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a token's offset from the page's middle.
+
+    Returns:
+        float64 [chunk, tile, explicit groups, 32 lanes, 2 halves, 2 r, 2 low] twice: registers
+        of a fragment are (half, r), r fastest.
+    """
+    lane = torch.arange(32)
+    rows = torch.stack([
+        torch.stack([
+            torch.stack([32 * chunk + 4 * (lane // 4) + 2 * tile + r - 32 for r in range(2)], -1)
+            for tile in range(2)
+        ])
+        for chunk in range(2)
+    ])  # fmt: skip
+    pair = _fragment_pairs(spec.explicit)[:, lane % 4]  # group, lane, half, low
+    angle = rows[:, :, None, :, None, :, None] * frequencies[pair][:, :, :, None]
+    return angle.cos(), angle.sin()
+
+
+def _turned_zeros(spec: GluonSpec, cos: Tensor, sin: Tensor, zero: Tensor) -> Tensor:
+    """Fragments of ``R(i) zero`` of the explicit groups, both members: int32 [H, ...]."""
+    pair = _fragment_pairs(spec.explicit)[:, torch.arange(32) % 4][:, :, :, None]
+    a, b = (zero[:, member * spec.pairs + pair] for member in range(2))
+    a, b = (x[:, None, None] / 2**EXPLICIT_EXPONENT for x in (a, b))
+    turned = (a * cos - b * sin, a * sin + b * cos)
+    return torch.stack([half_words(*x.unbind(-1)) for x in turned], 4)
+
+
+def _turn_fractions(frequencies: Tensor) -> Tensor:
+    """Frequencies in turns a position as 64-bit fractions, (high, signed low): int32 [P, 2]."""
+    fractions = []
+    for f in frequencies.tolist():
+        whole = round(f / math.tau * 2.0**64) % 2**64
+        low = (whole & 0xFFFFFFFF) - (1 << 32 if whole & 0x80000000 else 0)
+        high = ((whole - low) >> 32) % 2**32
+        fractions.append((high - (1 << 32) if high >= 1 << 31 else high, low))
+    return torch.tensor(fractions, dtype=torch.int64).to(torch.int32)
+
+
+def _turn_words(spec: GluonSpec, frequencies: Tensor) -> Tensor:
+    """Frequencies of the two pairs of every word of a page's angles: int32 [words, 4]."""
+    index = _fragment_pairs(spec.key_groups).permute(0, 2, 1, 3)  # group, half, t, low
+    return _turn_fractions(frequencies)[index].flatten(-2).reshape(-1, 4)
+
+
+def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
+    """Words [H, groups, 3, t, 4] of scales and zeros; ``scale`` over the head's unit.
+
+    Explicit: a byte u becomes ``u 2**-24 scale + centre``, member by member. Linear: scales of
+    the fragment's four words, then the zeros of either member, both rows alike.
+    """
+    heads, bits = scale.shape[0], spec.layout.spec.key_bits
+    pair = _fragment_pairs(spec.key_groups)
+    s, z = (x.unflatten(1, (2, spec.pairs))[:, :, pair] for x in (scale, zero))
+    out = torch.zeros(heads, spec.key_groups, 3, 4, 4, dtype=torch.int32)
+    small = 2.0**-EXPLICIT_EXPONENT
+    shift = 0 if spec.layout.spec.key_token_scale else z
+    centre = (shift - table_bias(bits)) * s * small
+    explicit = torch.stack([half_words(*x.unbind(-1)) for x in (s * 2**24 * small, centre)], -2)
+    explicit = explicit.permute(0, 2, 1, 3, 4, 5).flatten(-2)  # head, group, member, t, kind half
+    linear = half_words(*s.unbind(-1)).permute(0, 2, 3, 1, 4).flatten(-2)
+    zeros = half_words(*z.unbind(-1)).permute(0, 2, 1, 3, 4).repeat_interleave(2, -1)
+    n = spec.explicit
+    out[:, :n, :2] = explicit[:, :n]
+    out[:, n:, 0] = linear[:, n:]
+    out[:, n:, 1:] = zeros[:, n:]
+    return out
+
+
+def _outlier_table(spec: GluonSpec, frequencies: Tensor, unit: Tensor) -> Tensor:
+    """(frequency, its low word, phase, factor) of every channel in pair order: int32 [H, 2 P, 4].
+
+    A phase of a quarter turn selects member b. The factor takes a residual to the units of the
+    queries.
+    """
+    heads = unit.shape[0]
+    out = torch.zeros(heads, 2 * spec.pairs, 4, dtype=torch.int32)
+    out[:, :, :2] = _turn_fractions(frequencies).repeat(2, 1)
+    out[:, spec.pairs :, 2] = 1 << 30
+    explicit = torch.arange(spec.pairs) < 16 * spec.explicit
+    share = torch.where(explicit, 2.0**-EXPLICIT_EXPONENT, 1.0).repeat(2) / HEADROOM
+    out[:, :, 3] = (share / unit.float()[:, None]).contiguous().view(torch.int32)
+    return out

@@ -1,0 +1,255 @@
+"""From key codes to scores.
+
+With table bytes u, scales s, zeros z and the token scale a, a key is ``s (a (u - bias) + z)``,
+turned by its position. For a page whose middle is at n, and i the token's offset from it, the
+score of a pair is ``(R(-n) q)' R(i) k``. Two rules, by how far a pair turns within half a page:
+
+* *explicit*: the bytes become halves, scaled, and are turned by a table of 64 offsets;
+* *linear*: ``R(i) = 1 + i dR`` to second order, so nothing happens to the key. Scales go into the
+  turned query, whose derivative is a second matrix column; bytes enter as 1024 + u, and what that
+  adds, as well as the zeros, is a constant and a slope per page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvquant_compile.lowering.gluon.fragments import (
+    BYTES_AS_1024,
+    ONES,
+    key_fragment,
+    load_codes,
+    load_shared,
+    product,
+    table_words,
+    unpack,
+)
+from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.visibility import TOKENS
+from kvquant_compile.lowering.gluon.writer import KernelWriter, registers
+from kvquant_compile.lowering.triton.spec import table_bias
+
+_WORDS = ("a0", "a1", "b0", "b1")
+
+
+@dataclass(frozen=True)
+class KeyEmitter:
+    """Writes scores ``s{group}_{j}`` of a lane's tokens j = 0..7 for its query of every group."""
+
+    spec: GluonSpec
+    memory: Memory
+
+    @property
+    def _linear(self) -> range:
+        return range(self.spec.explicit, self.spec.key_groups)
+
+    @property
+    def _scaled(self) -> bool:
+        return self.spec.layout.spec.key_token_scale
+
+    def _constant(self, section: int) -> int:
+        return self.memory.constants + section
+
+    def prologue(self, out: KernelWriter) -> None:
+        """The table, and scales and centres of explicit groups, in registers."""
+        sections = Constants(self.spec)
+        names = [f"key_table{i}" for i in range(4)]
+        load_shared(out, names, "shared + t * 16", self._constant(sections.tables))
+        for pairs in range(self.spec.explicit):
+            names = [f"z{pairs}_{i}" for i in range(8)]
+            at = self._constant(sections.scales + 192 * pairs)
+            load_shared(out, names, "shared + t * 16", at, at + 64)
+
+    def page_constants(self, out: KernelWriter) -> None:
+        """Fold scales into linear queries; ``level`` and ``slope`` of the bytes and the zeros."""
+        if not self._linear:
+            return
+        out("", "# scales into queries; what centres and zeros add to every score")
+        scales = self._constant(Constants(self.spec).scales)
+        for group in range(self.spec.groups):
+            for kind in ("bytes", "zeros"):
+                out(*(f"{kind}{group}_{i} = zero" for i in range(4)))
+        for pairs in self._linear:
+            parts = (scales + 192 * pairs + 64 * k for k in range(3))
+            load_shared(out, [f"e{i}" for i in range(12)], "shared + t * 16", *parts)
+            for group in range(self.spec.groups):
+                self._fold(out, group, pairs)
+        for group in range(self.spec.groups):
+            self._page_level(out, group)
+
+    def _fold(self, out: KernelWriter, group: int, pairs: int) -> None:
+        names = [f"q{group}_{pairs}_{x}" for x in _WORDS]
+        target = names if self.spec.rotates else [f"p{group}_{pairs}_{x}" for x in _WORDS]
+        text = "".join(f"mul.rn.f16x2 ${i}, ${4 + i}, ${8 + i};\n" for i in range(4))
+        inputs = [*names, *(f"e{i}" for i in range(4))]
+        out.ptx(text, target, inputs, pure=True, name="FOLD")
+        # bytes come as 1024 + u and mean u - bias; zeros are whole numbers: both exact in halves
+        d, b = registers(0, 4), registers(4, 4)
+        number = -(1024 + table_bias(self.spec.layout.spec.key_bits))
+        text = f".reg .b32 k; mov.b32 k, {_half_pair(number)};\n"
+        text += product(d, ["k"] * 4, b[:2], registers(8, 4)) + product(d, ["k"] * 4, b[2:], d)
+        sums = [f"bytes{group}_{i}" for i in range(4)]
+        out.ptx(text, sums, [*target, *sums], kinds="rrrrffff", into="ffff", name="BYTES_LEVEL")
+        sums = [f"zeros{group}_{i}" for i in range(4)]
+        text = product(d, registers(12, 4), b[:2], registers(8, 4))
+        text += product(d, registers(16, 4), b[2:], d)
+        inputs = [*target, *sums, *(f"e{i}" for i in range(4, 12))]
+        out.ptx(text, sums, inputs, kinds="rrrrffff" + "r" * 8, into="ffff", name="ZEROS_LEVEL")
+
+    def _page_level(self, out: KernelWriter, group: int) -> None:
+        """``level``: added to every score of the page; ``slope``: by the token's offset."""
+        if self._scaled:
+            out(f"level{group} = zeros{group}_0", f"slope{group} = zeros{group}_1")
+        else:
+            out(
+                f"level{group} = bytes{group}_0 + zeros{group}_0",
+                f"slope{group} = bytes{group}_1 + zeros{group}_1",
+            )
+
+    def scores(self, out: KernelWriter, chunk: int) -> None:
+        """Scores of the lane's four tokens of a chunk, but for ``level``."""
+        bits = self.spec.layout.spec.key_bits
+        count = self.spec.key_groups * bits
+        words = [f"k{i}" for i in range(count)]
+        out("", f"# keys of chunk {chunk}")
+        load_codes(out, words, "here", chunk * 128 * count)
+        if self._scaled:
+            self._token_scales(out, chunk)
+        selectors: list[str] = []
+        for index in range(0, 4 * self.spec.key_groups, 2):
+            if index % 4 == 0:
+                selectors = unpack(out, words, bits, index // 4)
+            tile, pairs = divmod(index // 2, self.spec.key_groups)
+            mine = selectors[index % 4 : index % 4 + 2]
+            self._multiply(out, mine, 2 * chunk + tile, pairs)
+            if pairs == self.spec.key_groups - 1:
+                for r in range(2):
+                    self._finish(out, 4 * chunk + 2 * tile + r, r)
+
+    def _token_scales(self, out: KernelWriter, chunk: int) -> None:
+        """``scale{j}``: token scales of the lane's tokens of a chunk."""
+        at = self.spec.layout.offsets["key_token_scale"][0] + 64 * chunk
+        text = (
+            f".reg .b16 h0, h1, h2, h3; ld.shared.v4.b16 {{h0, h1, h2, h3}}, [$4+{at}];\n"
+            + "".join(f"cvt.f32.f16 ${i}, h{i};\n" for i in range(4))
+        )
+        names = [f"scale{4 * chunk + i}" for i in range(4)]
+        out.ptx(text, names, ["here + g * 8"], into="ffff", name="TOKEN_SCALES")
+
+    def _starts(self, group: int) -> list[str]:
+        """What the products of a tile start from: the slope, and levels that scales apply to."""
+        if not self._linear:
+            return ["zero"] * 4
+        if self._scaled:
+            return [f"bytes{group}_0", f"bytes{group}_1"] * 2
+        return ["zero", f"slope{group}"] * 2
+
+    def _multiply(self, out: KernelWriter, selectors: list[str], tile: int, pairs: int) -> None:
+        """Add a group of pairs to the products ``c{group}_{0..3}`` of a tile."""
+        groups = range(self.spec.groups)
+        codes = [f"key_table{i}" for i in range(table_words(self.spec.layout.spec.key_bits))]
+        sums = [f"c{group}_{i}" for group in groups for i in range(4)]
+        kept = "q" if self.spec.rotates else "p"
+        queries = [f"{kept}{group}_{pairs}_{x}" for group in groups for x in _WORDS]
+        before = sums if pairs else [x for group in groups for x in self._starts(group)]
+        extra: list[str] = []
+        if pairs < self.spec.explicit:
+            table = Constants(self.spec).rotation + 1024 * (tile * self.spec.explicit + pairs)
+            at, turns = self._constant(table), [f"e{i}" for i in range(8)]
+            load_shared(out, turns, "shared + lane * 16", at, at + 512)
+            extra = [*turns, *(f"z{pairs}_{i}" for i in range(8))]
+        inputs = [*selectors, *codes, *queries, *extra, *before]
+        kinds = "r" * (len(inputs) - len(before)) + "f" * len(before)
+        text = self._product_text(len(codes), bool(extra))
+        name = "KEYS_EXPLICIT" if extra else "KEYS_LINEAR"
+        out.ptx(text, sums, inputs, kinds=kinds, into="f" * len(sums), name=name)
+        if extra and self.spec.zero_fragments:
+            self._multiply_zeros(out, tile, pairs)
+
+    def _product_text(self, table_size: int, explicit: bool) -> str:
+        groups = self.spec.groups
+        n = 4 * groups
+        table = registers(n + 2, table_size)
+        queries = registers(n + 2 + table_size, n)
+        rest = n + 2 + table_size + n
+        text = ".reg .b32 x, y, tmp, one; .reg .b32 a<4>, b<4>;\n"
+        text += f"mov.b32 one, {ONES};\n"
+        a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
+        high = "0" if explicit else BYTES_AS_1024
+        text += key_fragment(a, f"${n}", table, high) + key_fragment(b, f"${n + 1}", table, high)
+        if explicit:
+            text += _rotate(registers(rest, 8), registers(rest + 8, 8))
+            a, b = [f"p{i}" for i in range(4)], [f"q{i}" for i in range(4)]
+            rest += 16
+        for group in range(groups):
+            d, q = registers(4 * group, 4), queries[4 * group : 4 * group + 4]
+            text += product(d, a, q[:2], registers(rest + 4 * group, 4)) + product(d, b, q[2:], d)
+        return text
+
+    def _multiply_zeros(self, out: KernelWriter, tile: int, pairs: int) -> None:
+        """Add the turned zeros of an explicit group to ``o{group}_{0..3}``."""
+        n = 4 * self.spec.groups
+        table = Constants(self.spec).zeros + 1024 * (tile * self.spec.explicit + pairs)
+        at = self._constant(table)
+        sums = [f"o{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
+        queries = [f"q{g}_{pairs}_{x}" for g in range(self.spec.groups) for x in _WORDS]
+        text = ".reg .b32 a<4>, b<4>;\n"
+        for i, name in enumerate("ab"):
+            target = ", ".join(f"{name}{k}" for k in range(4))
+            text += f"ld.shared.v4.b32 {{{target}}}, [${n}+{at + 512 * i}];\n"
+        a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
+        for group in range(self.spec.groups):
+            d, q = registers(4 * group, 4), registers(n + 1 + 4 * group, 4)
+            start = registers(n + 1 + n + 4 * group, 4)
+            text += product(d, a, q[:2], start) + product(d, b, q[2:], d)
+        before = sums if pairs else ["zero"] * n
+        inputs = ["shared + lane * 16", *queries, *before]
+        kinds = "r" * (1 + n) + "f" * n
+        out.ptx(text, sums, inputs, kinds=kinds, into="f" * n, name="KEY_ZEROS")
+
+    def _finish(self, out: KernelWriter, j: int, r: int) -> None:
+        """The score of one token from its products, but for ``level``."""
+        # offset from the page's middle, in half pages
+        where = f"(middle + {TOKENS[j] / 32})"
+        sloped = self.spec.rotates and bool(self._linear)
+        for group in range(self.spec.groups):
+            score = f"c{group}_{2 * r}"
+            if sloped:
+                score = f"{score} + {where} * c{group}_{2 * r + 1}"
+            if self._scaled:
+                score = f"scale{j} * ({score})"
+                if sloped:
+                    score += f" + {where} * slope{group}"
+                if self.spec.zero_fragments:
+                    score += f" + o{group}_{2 * r}"
+            out(f"s{group}_{j} = {score}")
+
+
+def _rotate(turns: list[str], scales: list[str]) -> str:
+    """Scale, centre and turn the fragments a, b into p, q.
+
+    Args:
+        turns: cosines then sines of the fragment's four words.
+        scales: of member a: scale and centre of either half of the columns; then of member b.
+    """
+    text = ".reg .b32 p<4>, q<4>;\n"
+    for k in range(4):
+        for member, first in (("a", 0), ("b", 4)):
+            scale, centre = scales[first + k // 2], scales[first + 2 + k // 2]
+            text += f"fma.rn.f16x2 {member}{k}, {member}{k}, {scale}, {centre};\n"
+    for k in range(4):
+        cos, sin = turns[k], turns[4 + k]
+        text += (
+            f"mul.rn.f16x2 p{k}, b{k}, {sin}; neg.f16x2 p{k}, p{k};"
+            f" fma.rn.f16x2 p{k}, a{k}, {cos}, p{k};\n"
+            f"mul.rn.f16x2 q{k}, a{k}, {sin}; fma.rn.f16x2 q{k}, b{k}, {cos}, q{k};\n"
+        )
+    return text
+
+
+def _half_pair(number: int) -> str:
+    """A whole number as two equal halves, for PTX."""
+    import numpy
+
+    bits = int(numpy.float16(number).view(numpy.uint16))
+    return f"0x{bits << 16 | bits:08X}"

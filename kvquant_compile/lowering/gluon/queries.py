@@ -1,0 +1,162 @@
+"""Queries as matrix fragments: loaded and normalised once, turned back to every page's base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvquant_compile.lowering.gluon.fragments import load_shared, reduce_lanes, warp_sync
+from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.writer import KernelWriter
+
+EXPLICIT_EXPONENT = 9
+"""Rotated keys are held 2**9 times smaller, and their queries larger, to stay normal halves."""
+
+_PARTS = [(member, half) for member in range(2) for half in range(2)]
+
+
+@dataclass(frozen=True)
+class QueryEmitter:
+    """Writes fragment words ``q{group}_{pairs}_{a0|a1|b0|b1}``.
+
+    A column pair of a product is one query: the even column holds the query, the odd one its
+    derivative by the token's offset, for groups of pairs that take the linear rule.
+    """
+
+    spec: GluonSpec
+    memory: Memory
+
+    def prologue(self, out: KernelWriter) -> None:
+        """Load, normalise and store (or, without RoPE, keep) all fragments."""
+        out("", "# queries, each over its largest magnitude", "derivative = g & 1")
+        for group in range(self.spec.groups):
+            self._load(out, group)
+            self._normalise(out, group)
+        for pairs in range(self.spec.key_groups):
+            if self.spec.rotates:
+                self._load_frequencies(out, pairs)
+            for group in range(self.spec.groups):
+                self._fragments(out, group, pairs)
+        if self.spec.rotates:
+            self._angle_addresses(out)
+
+    def _load(self, out: KernelWriter, group: int) -> None:
+        out(
+            f"column = tile * {self.spec.columns} + {COLUMN_GROUP * group} + (g >> 1)",
+            "real = column < rep * steps",
+            "rows = query + row.to(gl.int64) * query_batch"
+            " + (head * rep + column // steps) * query_head_stride + (column % steps) * query_step",
+            "largest = zero",
+        )
+        for pairs in range(self.spec.key_groups):
+            for member, half in _PARTS:
+                for low in range(2):
+                    x = f"x{group}_{pairs}_{member}{half}{low}"
+                    pair = f"{16 * pairs + 8 * half + low} + t * 2"
+                    out(f"channel = {member * self.spec.pairs} + {pair}")
+                    mask = "real"
+                    if self.spec.reorder:
+                        out("channel = gl.load(query_order + channel)")
+                        mask = f"real & (channel < {self.spec.layout.key_dim})"
+                    out(f"{x} = gl.load(rows + channel, mask={mask}, other=0.0).to(gl.float32)")
+                    if self.spec.stretched:
+                        out(f"{x} = {x} * gl.load(rope_scale + {pair})")
+                    out(f"largest = gl.maximum(largest, gl.abs({x}))")
+
+    def _normalise(self, out: KernelWriter, group: int) -> None:
+        """``unit{group}``: what a score is to be multiplied by, for the lane's own query."""
+        reduce_lanes(out, "largest", "gl.maximum({}, {})", lanes=(1, 2))
+        out("largest = gl.maximum(largest, 1e-12)", f"inverse{group} = 1.0 / largest")
+        text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+        out.ptx(text, ["own"], ["largest", "t * 8"], kinds="fr", into="f", name="FROM_LANE")
+        log = "" if self.spec.softcap else " * 1.4426950408889634"
+        out(f"unit{group} = own * (scale * gl.load(key_unit + head){log})")
+
+    def _load_frequencies(self, out: KernelWriter, pairs: int) -> None:
+        """Derivatives by half a page: ``sin(i x)``, i in -1..1, as i times ``x - x**3 / 8``."""
+        if pairs < self.spec.explicit:
+            return
+        for half in range(2):
+            for low in range(2):
+                out(
+                    f"angle = 32.0 * gl.load(frequencies + {16 * pairs + 8 * half + low} + t * 2)",
+                    f"slope{half}{low} = angle * (1.0 - angle * angle * 0.125)",
+                )
+
+    def _fragments(self, out: KernelWriter, group: int, pairs: int) -> None:
+        explicit = pairs < self.spec.explicit
+        names = {}
+        for member, half in _PARTS:
+            values = []
+            for low in range(2):
+                x = f"x{group}_{pairs}_{member}{half}{low} * inverse{group}"
+                other = f"x{group}_{pairs}_{1 - member}{half}{low} * inverse{group}"
+                if explicit:
+                    value = f"gl.where(derivative == 0, {x} * {float(2**EXPLICIT_EXPONENT)}, 0.0)"
+                elif self.spec.rotates:
+                    sign = "-" if member else ""
+                    turned = f"{sign}{other} * slope{half}{low}"
+                    value = f"gl.where(derivative == 0, {x}, {turned})"
+                else:
+                    value = f"gl.where(derivative == 0, {x}, 0.0)"
+                values.append(value)
+            name = f"q{group}_{pairs}_{'ab'[member]}{half}"
+            text = "cvt.rn.f16x2.f32 $0, $2, $1;"
+            out.ptx(text, [name], values, kinds="ff", pure=True, name="HALVES")
+            names[member, half] = name
+        if self.spec.rotates:
+            at = self.memory.queries + 512 * (pairs * self.spec.groups + group)
+            text = "st.shared.v4.b32 [$1], {$2, $3, $4, $5};"
+            words = [names[part] for part in _PARTS]
+            out.ptx(text, ["_"], [f"shared + {at} + lane * 16", *words], name="STORE16")
+
+    def _angle_addresses(self, out: KernelWriter) -> None:
+        """Where the lane's angles of a page's base go; a lane works out one word of either."""
+        m, constants = self.memory, self.memory.constants + Constants(self.spec).turns
+        words = 8 * self.spec.key_groups
+        out(f"angles = shared + {m.angles} + warp * {m.angle_bytes}")
+        for k in range(-(-words // 32)):
+            out(
+                f"word = gl.minimum(lane + {32 * k}, {words - 1})",
+                f"turns{k} = shared + {constants} + word * 16",
+                f"angle{k} = angles + (word >> 3) * 64 + (word & 3) * 16 + (word & 4)",
+            )
+
+    def page(self, out: KernelWriter) -> None:
+        """Turn the queries back to the page's base; without RoPE they stay as they are."""
+        if not self.spec.rotates:
+            return
+        out("", "# queries turned back to the middle of the page")
+        for k in range(-(-8 * self.spec.key_groups // 32)):
+            out.ptx(_ANGLE, ["_"], [f"turns{k}", f"angle{k}", "base + 32"], name="ANGLE")
+        warp_sync(out)
+        for pairs in range(self.spec.key_groups):
+            load_shared(out, ["c0", "c1", "d0", "d1"], "angles + t * 16", 64 * pairs)
+            for group in range(self.spec.groups):
+                at = self.memory.queries + 512 * (pairs * self.spec.groups + group)
+                load_shared(out, ["y0", "y1", "y2", "y3"], "shared + lane * 16", at)
+                names = [f"q{group}_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
+                inputs = [*(f"y{i}" for i in range(4)), "c0", "c1", "d0", "d1"]
+                out.ptx(_TURN, names, inputs, pure=True, name="TURN")
+
+
+# The angle of position p in turns is p f, modulo 1, in 32-bit fixed point: exact at any position.
+_ANGLE = (
+    ".reg .b32 x, y; .reg .b32 h0, l0, h1, l1; .reg .f32 e, f, s, c, u, v;\n"
+    "ld.shared.v4.b32 {h0, l0, h1, l1}, [$1];\n"
+    "mul.hi.s32 x, $3, l0; mad.lo.s32 x, $3, h0, x;\n"
+    "mul.hi.s32 y, $3, l1; mad.lo.s32 y, $3, h1, y;\n"
+    "cvt.rn.f32.s32 e, x; cvt.rn.f32.s32 f, y;\n"
+    "mul.rn.f32 e, e, 0f30C90FDB; mul.rn.f32 f, f, 0f30C90FDB;\n"
+    "cos.approx.ftz.f32 c, e; sin.approx.ftz.f32 s, e;\n"
+    "cos.approx.ftz.f32 u, f; sin.approx.ftz.f32 v, f;\n"
+    "cvt.rn.f16x2.f32 x, u, c; cvt.rn.f16x2.f32 y, v, s;\n"
+    "st.shared.b32 [$2], x; st.shared.b32 [$2+8], y;"
+)
+
+_TURN = (
+    ".reg .b32 t;\n"
+    "mul.rn.f16x2 t, $6, $10; fma.rn.f16x2 $0, $4, $8, t;\n"
+    "mul.rn.f16x2 t, $7, $11; fma.rn.f16x2 $1, $5, $9, t;\n"
+    "mul.rn.f16x2 t, $4, $10; neg.f16x2 t, t; fma.rn.f16x2 $2, $6, $8, t;\n"
+    "mul.rn.f16x2 t, $5, $11; neg.f16x2 t, t; fma.rn.f16x2 $3, $7, $9, t;"
+)

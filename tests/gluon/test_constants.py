@@ -1,0 +1,154 @@
+"""A head's constants, read back word by word as the kernel does, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.lowering.gluon.constants import (
+    GluonConstants,
+    explicit_groups,
+    gluon_constants,
+)
+from kvquant_compile.lowering.gluon.queries import EXPLICIT_EXPONENT
+from kvquant_compile.lowering.gluon.slots import HEADROOM
+from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec
+from kvquant_compile.lowering.triton.spec import table_bias
+from tests.lowering.reference import half_rope
+from tests.triton.cases import Built, Case
+
+CODEC = CodecSpec(3, 4, 1, 1, True, 1)
+SMALL = 2.0**-EXPLICIT_EXPONENT
+
+
+def made(codec: CodecSpec = CODEC, base: float = 5e5) -> tuple[Built, GluonConstants, Constants]:
+    """Constants of two heads of 64 channels: one group of pairs turns explicitly, one does not."""
+    built = Case(codec, (64, 64), half_rope(64, 64, base)).build()
+    constants = gluon_constants(built.layout, built.cache.tables, built.cache.geometry)
+    spec = GluonSpec(built.layout, constants.rotates, constants.explicit, 1, *[False] * 4)
+    assert constants.explicit == 1
+    return built, constants, Constants(spec)
+
+
+def block(constants: GluonConstants, start: int, end: int) -> NDArray[np.uint8]:
+    """Bytes of every head's section."""
+    return constants.block.numpy().view(np.uint8)[:, start:end].copy()
+
+
+def halves(constants: GluonConstants, start: int, end: int, *shape: int) -> NDArray[np.float64]:
+    """A section as float16 [heads, *shape]."""
+    found = block(constants, start, end).view(np.float16).astype(np.float64)
+    return found.reshape(found.shape[0], *shape)
+
+
+def places() -> list[tuple[int, int, int, int, int, int, int, int]]:
+    """(chunk, tile, lane, half, r, low, token offset, pair) of a group's fragment words."""
+    return [
+        (chunk, tile, lane, half, r, low,
+         32 * chunk + 4 * (lane // 4) + 2 * tile + r - 32, 8 * half + 2 * (lane % 4) + low)
+        for chunk in range(2) for tile in range(2) for lane in range(32)
+        for half in range(2) for r in range(2) for low in range(2)
+    ]  # fmt: skip
+
+
+def test_which_groups_turn_explicitly() -> None:
+    slow, fast = 0.049 / 32, 0.051 / 32
+    f = torch.full((48,), slow)
+    assert explicit_groups(f) == 0
+    for pair, groups in ((0, 1), (15, 1), (16, 2), (47, 3)):
+        g = f.clone()
+        g[pair] = -fast
+        assert explicit_groups(g) == groups
+
+
+def test_angles_of_offsets() -> None:
+    built, constants, c = made()
+    found = halves(constants, c.rotation, c.zeros, 2, 2, 2, 32, 2, 2, 2)
+    frequencies = built.cache.geometry[2].double()
+    for chunk, tile, lane, half, r, low, offset, pair in places():
+        angle = offset * float(frequencies[pair])
+        cos, sin = found[:, chunk, tile, :, lane, half, r, low].T
+        np.testing.assert_allclose(cos, math.cos(angle), atol=5e-4)
+        np.testing.assert_allclose(sin, math.sin(angle), atol=5e-4)
+
+
+def test_turned_zeros() -> None:
+    built, constants, c = made()
+    found = halves(constants, c.zeros, c.turns, 2, 2, 2, 32, 2, 2, 2)
+    frequencies = built.cache.geometry[2].double()
+    scale, zero = (built.cache.tables[i].double() for i in (1, 2))
+    value = (scale * zero / constants.key_unit[:, None] * SMALL).numpy()
+    for chunk, tile, lane, half, r, low, offset, pair in places():
+        angle = offset * float(frequencies[pair])
+        a, b = value[:, pair], value[:, 32 + pair]
+        turned = (a * math.cos(angle) - b * math.sin(angle),
+                  a * math.sin(angle) + b * math.cos(angle))  # fmt: skip
+        for member in range(2):
+            got = found[:, chunk, tile, member, lane, half, r, low]
+            np.testing.assert_allclose(got, turned[member], atol=1e-3 * np.abs(value).max())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scales_make_keys_of_bytes(scaled: bool) -> None:
+    """Explicit pairs: ``byte 2**-24 scale + centre``; linear ones: scales and zeros apart."""
+    built, constants, c = made(CodecSpec(3, 3, 0, 0, scaled, 0))
+    found = halves(constants, c.scales, c.tables, 2, 3, 4, 4, 2)
+    scale, zero = (built.cache.tables[i].double().numpy() for i in (1, 2))
+    scale = scale / constants.key_unit.double().numpy()[:, None]
+    bias = table_bias(3)
+    for member, t, half, low in np.ndindex(2, 4, 2, 2):
+        channel = 32 * member + 8 * half + 2 * t + low
+        s, z = scale[:, channel], 0 if scaled else zero[:, channel]
+        for byte in (0, 60):
+            key = found[:, 0, member, t, half, low] * byte * 2.0**-24
+            key += found[:, 0, member, t, 2 + half, low]
+            expected = s * (byte - bias + z) * SMALL
+            np.testing.assert_allclose(key, expected, rtol=2e-3, atol=2e-3 * s.max() * 60 * SMALL)
+        linear = channel + 16  # the same place of the second group
+        s, z = scale[:, linear], zero[:, linear]
+        np.testing.assert_allclose(found[:, 1, 0, t, 2 * member + half, low], s, rtol=1e-3)
+        for r in range(2):
+            np.testing.assert_array_equal(found[:, 1, 1 + member, t, 2 * half + r, low], z)
+
+
+def test_tables_have_their_bias() -> None:
+    built, constants, c = made()
+    keys = block(constants, c.tables, c.tables + 64).reshape(2, 4, 16)
+    values = block(constants, c.tables + 64, c.outliers).reshape(2, 4, 16)
+    key_table, value_table = (built.cache.tables[i].numpy().astype(int) for i in (0, 4))
+    for copy in range(4):
+        assert (keys[:, copy, :8] == key_table + table_bias(3)).all()
+        assert (values[:, copy] == value_table + table_bias(4)).all()
+    _, constants, c = made(CodecSpec(3, 3, 0, 0, False, 0))
+    signed = block(constants, c.tables + 64, c.outliers).view(np.int8).reshape(2, 4, 16)
+    assert (signed[:, :, :8] < 0).any(), "values of up to three bits are signed bytes"
+
+
+@pytest.mark.parametrize("position", [1, -31, 4096, 999_999, 2**31 - 1])
+def test_fractions_of_a_turn_are_exact_at_any_position(position: int) -> None:
+    """The kernel's integer arithmetic; angles differ from float64's by its own rounding."""
+    built, constants, _ = made()
+    for f, (high, low) in zip(
+        built.cache.geometry[2].tolist(), constants.turns.tolist(), strict=True
+    ):
+        turns = (((position * low) >> 32) + position * high) % 2**32 / 2**32
+        expected = position * f / math.tau
+        assert abs((turns - expected + 0.5) % 1.0 - 0.5) < 2e-9 + abs(expected) * 4e-16
+
+
+def test_outliers_by_channel() -> None:
+    _, constants, c = made()
+    words = block(constants, c.outliers, c.size).view(np.int32).reshape(2, 64, 4)
+    assert (words[:, :32, :2] == constants.turns.numpy()).all()
+    assert (words[:, 32:, :2] == constants.turns.numpy()).all()
+    assert (words[:, :32, 2] == 0).all()
+    assert (words[:, 32:, 2] == 1 << 30).all(), "member b is a quarter of a turn ahead"
+    factor = words[:, :, 3].copy().view(np.float32) * constants.key_unit.numpy()[:, None]
+    explicit = np.arange(64) % 32 < 16
+    np.testing.assert_allclose(factor[:, explicit], SMALL / HEADROOM)
+    np.testing.assert_allclose(factor[:, ~explicit], 1 / HEADROOM)
