@@ -146,6 +146,8 @@ def _replace(gm: fx.GraphModule, site: Site, meaning: Meaning, mask: fx.Node) ->
     graph = gm.graph
     query = site.query if site.query_layout == "bhsd" else add_transpose(graph, site.query)
     fake, v = query.meta["val"], site.value.meta["val"]
+    if fake.dtype != v.dtype:  # scores in float32, whatever is cached (gptj): the ops' own way
+        query = add_call(graph, query, torch.ops.aten.to.dtype, (query, v.dtype), fake.to(v.dtype))
     val = v.new_empty(fake.shape[0], fake.shape[2], fake.shape[1], v.shape[3])
     bias = [_slopes(gm, site, meaning)] if meaning.slopes else []
     args = (query, site.key, site.value, mask, None, site.layer,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from kvquant_compile.capture.leaves import STATES, new_states
 from kvquant_compile.capture.markers import APPEND
@@ -58,11 +58,15 @@ class Evaluator:
     Args:
         gm: the module whose graph and attributes are read.
         values: node -> value; these nodes are taken as given, nothing before them is computed.
+        widen: compute in float32 what the model computes in half precision, so that what a piece
+            of graph means can be told from how it rounds.
     """
 
-    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> None:
-        self.gm = gm
-        self.values: dict[fx.Node, Any] = dict(values)
+    def __init__(
+        self, gm: fx.GraphModule, values: Mapping[fx.Node, Any], *, widen: bool = False
+    ) -> None:
+        self.gm, self.widen = gm, widen
+        self.values: dict[fx.Node, Any] = {n: self._widened(v) for n, v in values.items()}
 
     def __call__(self, node: fx.Node) -> Any:
         """The value of a node.
@@ -86,12 +90,27 @@ class Evaluator:
         if node.op == "placeholder":
             raise KeyError(node.name)
         if node.op == "get_attr":
-            return attribute(self.gm, str(node.target))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+            return self._widened(attribute(self.gm, str(node.target)))
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._argument)
         if node.op == "call_module":
             return self.gm.get_submodule(str(node.target))(*args, **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    def _argument(self, value: Any) -> Any:
+        return self.values[value] if isinstance(value, fx.Node) else self._widened(value)
+
+    def _widened(self, value: Any) -> Any:
+        if self.widen and isinstance(value, torch.dtype):
+            return widened(value)
+        if self.widen and isinstance(value, Tensor):
+            return value.to(widened(value.dtype))
+        return value
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision; any other dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def attribute(gm: fx.GraphModule, target: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from kvquant_compile.capture.run import Evaluator
+from kvquant_compile.capture.run import Evaluator, widened
 from kvquant_compile.capture.stand_ins import input_values
 from kvquant_compile.errors import UnsupportedLayerError
 
@@ -54,14 +54,15 @@ def unknown_site(layer: int, why: str) -> UnsupportedLayerError:
 
 
 class SiteFunction:
-    """The site as a function of tensors in head layout, on the model's device."""
+    """The site as a function of tensors in head layout, on the model's device, in float32 where
+    the model is in half precision."""
 
     def __init__(self, gm: fx.GraphModule, site: Site) -> None:
         self.gm, self.site = gm, site
         query, key, value = (n.meta["val"] for n in (site.query, site.key, site.value))
         self.query_heads = query.shape[1 if site.query_layout == "bhsd" else 2]
         self.kv_heads, self.width, self.out_width = key.shape[1], key.shape[3], value.shape[3]
-        self.dtype, self.device = key.dtype, key.device
+        self.dtype, self.device = widened(key.dtype), key.device
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, Hq, S, Dv]; the past length is what the keys have more than the queries."""
@@ -74,7 +75,7 @@ class SiteFunction:
             self.site.value: v,
         }
         with torch.no_grad():
-            out = Evaluator(self.gm, values)(self.site.out)
+            out = Evaluator(self.gm, values, widen=True)(self.site.out)
         return out if self.site.out_layout == "bhsd" else out.transpose(1, 2)
 
     def zeros(self, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from kvquant_compile.capture.site_bias import read_slopes, window_of_biased
 # Windows are looked for among this many keys.
 _FAR = 16384
 _CLOSE = 256
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def understand(gm: fx.GraphModule, site: Site) -> Meaning:
     except (RuntimeError, KeyError, ValueError) as failure:
         why = f"its attention cannot be run by itself: {failure}"
         raise unknown_site(site.layer, why) from failure
-    if not error <= _TOLERANCE[function.dtype]:
+    if not error <= _TOLERANCE:
         why = "it is no softmax attention over repeated heads with one scale"
         raise unknown_site(site.layer, f"{why} (relative error {error:.1e})")
     return Meaning(kind, window, scale, softcap, assumed, slopes)
@@ -85,8 +85,7 @@ def _mask(function: SiteFunction, slopes: tuple[float, ...]) -> tuple[str, int, 
         window = window_of_biased(function, slopes)
     else:
         seen, far = _farthest_count(function)
-        # Weights of half-precision models are coarse: a count within their rounding is "all".
-        window = 0 if seen == 0 or seen > 0.98 * far else seen
+        window = 0 if seen in (0, far) else seen
     shapes = [(6, 0), (1, 6), (3, 7)]
     if 2 < window <= _CLOSE:
         shapes += [(3, window - 2), (1, window), (window + 3, 0)]
@@ -135,8 +134,8 @@ def _snap(gm: fx.GraphModule, function: SiteFunction, value: float) -> float:
     candidates = [function.width**-0.5, 1.0, *map(float, written)]
     candidates += [1 / c for c in map(float, written) if c]
     best = min(candidates, key=lambda c: abs(c - value))
-    close = 1000 * torch.finfo(function.dtype).eps if function.dtype.itemsize > 2 else 0.02
-    return best if abs(best - value) <= close * abs(value) else value
+    close = 1000 * torch.finfo(function.dtype).eps * abs(value)
+    return best if abs(best - value) <= close else value
 
 
 def _compare(

@@ -20,12 +20,12 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.edit import add_call, add_transpose, later, sort_topologically
 from kvquant_compile.capture.markers import APPEND, ATTEND
 from kvquant_compile.capture.ops import op_name
-from kvquant_compile.capture.run import Evaluator
+from kvquant_compile.capture.run import Evaluator, widened
 from kvquant_compile.capture.stand_ins import input_values
 from kvquant_compile.errors import UnsupportedLayerError
 from kvquant_compile.passes.taint import Taint, rotation_site, taint
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCE = 1e-5
 # In the meta of an append: channels that its key and its value share.
 LATENT = "kvquant_latent"
 _NAME = "kvquant_absorbed_{}_{}"
@@ -106,7 +106,7 @@ def _expansion(gm: fx.GraphModule, attend: fx.Node) -> _Expansion:
     for got, matrix in zip(function(x), (key, value), strict=True):
         expected = x.double() @ matrix.double()
         error = float((got.double() - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not error <= _TOLERANCE[function.dtype]:
+        if not error <= _TOLERANCE:
             raise _refused(attend, f"not by a linear map of each token (error {error:.1e})")
     return _Expansion(attend, append, latent, rotated, key, value)
 
@@ -129,7 +129,7 @@ class _Expand:
         self, gm: fx.GraphModule, attend: fx.Node, latent: fx.Node, rotated: fx.Node
     ) -> None:
         self.gm, self.outputs, self.latent, self.rotated = gm, attend.args[1:3], latent, rotated
-        self.dtype, self.device = latent.meta["val"].dtype, latent.meta["val"].device
+        self.dtype, self.device = widened(latent.meta["val"].dtype), latent.meta["val"].device
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [T, channels] to [heads, T, head channels], twice."""
@@ -137,7 +137,7 @@ class _Expand:
         values = input_values(self.gm, 0, len(x), 1)
         values[self.latent], values[self.rotated] = x[None, None, :, :rank], x[None, None, :, rank:]
         with torch.no_grad():
-            run = Evaluator(self.gm, values)
+            run = Evaluator(self.gm, values, widen=True)
             key, value = (run(node)[0] for node in self.outputs if isinstance(node, fx.Node))
         return key, value
 
@@ -237,7 +237,8 @@ def _constant(gm: fx.GraphModule, site: _Expansion, name: str, matrix: Tensor) -
     fake = site.attend.args[0].meta["val"]  # type: ignore[union-attr]
     repeats = int(fake.shape[1]) // matrix.shape[0]
     target = _NAME.format(site.attend.args[5], name)
-    gm.register_buffer(target, matrix.repeat_interleave(repeats, 0).contiguous(), persistent=False)
+    whole = matrix.repeat_interleave(repeats, 0).to(fake.dtype).contiguous()
+    gm.register_buffer(target, whole, persistent=False)
     with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
         node = gm.graph.get_attr(target)
     node.meta["val"] = fake.new_empty(gm.get_buffer(target).shape)

@@ -30,6 +30,7 @@ class Lookups:
         self.position = position
         self.columns: dict[Expr, Column] = {}
         self._symbols: dict[bytes, Expr] = {}
+        self._rounding = 0.0
 
     def is_lookup(self, name: str, args: Any) -> bool:
         """Whether an op reads a constant tensor (at something symbolic)."""
@@ -72,6 +73,8 @@ class Lookups:
 
     def _row(self, pool: Pool, table: Tensor) -> Tensor:
         data = table.detach().cpu()
+        if data.is_floating_point():
+            self._rounding = max(self._rounding, torch.finfo(data.dtype).eps)
         if not data.is_complex():
             flat = data.double().reshape(len(data), -1).numpy()
             entries = [pool.intern(self._symbol(column)) for column in flat.T]
@@ -100,29 +103,37 @@ class Lookups:
         fits: dict[Expr, Expr] = {}
         cosines: dict[Expr, Column] = {}
         sines: dict[Expr, Column] = {}
-        worst = 0.0
+        worst, tolerance = 0.0, TABLE_TOLERANCE + self._rounding
         for symbol, column in self.columns.items():
             if np.ptp(column) == 0:
                 fits[symbol] = sympy.Float(column[0], 17)
             else:
                 (sines if abs(column[0]) < 1e-9 else cosines)[symbol] = column
-        for symbol, column in cosines.items():
-            partner = _partner(column, sines)
-            fit = _Wave.fit(column, sines[partner])
+        for place, (symbol, column) in enumerate(cosines.items()):
+            partner, fit = _partner(column, sines, place, tolerance)
             fits[symbol] = fit.amplitude * sympy.cos(fit.frequency * self.position)
             fits[partner] = fit.amplitude * sympy.sin(fit.frequency * self.position)
             worst = max(worst, fit.misfit)
-        if len(fits) != len(self.columns) or worst > TABLE_TOLERANCE:
+        if len(fits) != len(self.columns) or worst > tolerance:
             raise NotInterpretable("a lookup table that is not the cosine and sine of an angle")
         return fits, worst
 
 
-def _partner(cosine: Column, sines: dict[Expr, Column]) -> Expr:
-    """The sine column whose squares add up best to a constant."""
+def _partner(
+    cosine: Column, sines: dict[Expr, Column], place: int, tolerance: float
+) -> tuple[Expr, _Wave]:
+    """The sine column of a cosine's angle: the one in the same place, if it fits, since slow
+    columns of a rounded table look alike; else the one whose squares add up best to a constant."""
     if not sines:
         raise NotInterpretable("a cosine table without a sine table")
+    symbols = list(sines)
+    if place < len(symbols):
+        fit = _Wave.fit(cosine, sines[symbols[place]])
+        if fit.misfit <= tolerance:
+            return symbols[place], fit
     amplitude = cosine[0] ** 2
-    return min(sines, key=lambda s: float(np.abs(cosine**2 + sines[s] ** 2 - amplitude).max()))
+    best = min(symbols, key=lambda s: float(np.abs(cosine**2 + sines[s] ** 2 - amplitude).max()))
+    return best, _Wave.fit(cosine, sines[best])
 
 
 class _Wave:
