@@ -12,6 +12,7 @@ from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError
 from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.runtime.chunks import PREFILL_CHUNK
 from kvquant_compile.runtime.decode_graph import DecodeGraphs
 from kvquant_compile.runtime.program import Program
 
@@ -30,6 +31,7 @@ class Installed:
         report: what ``explain`` shows.
         attend_quantized: every query reads every token, its own included, from the packed
             cache, also where ``use_cache`` is off. Honest evaluation needs it.
+        prefill_chunk: longer steps are run in parts of so many tokens; None: never.
         warned: reasons already warned about.
         quiet: no warnings, while the library itself runs the original.
         before: instance attributes that the installed ones replace (a hook's own forward).
@@ -42,6 +44,7 @@ class Installed:
     artifact: Artifact
     report: Any
     attend_quantized: bool = False
+    prefill_chunk: int | None = PREFILL_CHUNK
     warned: set[str] = field(default_factory=set)
     quiet: bool = False
     before: dict[str, Any] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Putting a program behind a model's own ``forward`` and ``generate``, and taking it out again.
 
 Only instance attributes of the model change: the backbone's ``forward`` and, for transformers
-models, ``_prepare_cache_for_generation``. Class, config, parameters, state dict and every other
-method stay the user's own.
+models, ``_prepare_cache_for_generation`` and ``init_continuous_batching``. Class, config,
+parameters, state dict and every other method stay the user's own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.embedding import PER_LAYER, embedded, has_per_layer_inputs
 from kvquant_compile.errors import OptionError, UnsupportedModelError
 from kvquant_compile.runtime.cache import QuantizedCache
+from kvquant_compile.runtime.chunks import in_chunks
+from kvquant_compile.runtime.generation import prepare_cache, refuse_continuous_batching
 from kvquant_compile.runtime.given_mask import padding_of
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.program import Program
@@ -44,9 +46,11 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
         assert output_type is not None
         backbone.forward = _backbone_forward(backbone, state, output_type)
         if hasattr(model, "_prepare_cache_for_generation"):
-            network._prepare_cache_for_generation = _prepare_cache(
+            network._prepare_cache_for_generation = prepare_cache(
                 network._prepare_cache_for_generation, state
             )
+        if hasattr(model, "init_continuous_batching"):
+            network.init_continuous_batching = refuse_continuous_batching
     else:
         backbone.forward = _functional_forward(backbone, state)
     for module in (model, backbone):
@@ -66,30 +70,8 @@ def uninstall(model: nn.Module) -> None:
 def _replaced(state: Installed) -> list[tuple[nn.Module, str]]:
     """The instance attributes that optimising a model sets."""
     captured = state.captured
-    return [(captured.backbone, "forward"), (captured.model, "_prepare_cache_for_generation")]
-
-
-def _prepare_cache(original: Callable[..., Any], state: Installed) -> Callable[..., Any]:
-    """generate's cache factory: ours, unless the user passed a cache or asked for another."""
-
-    @functools.wraps(original)
-    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any) -> Any:
-        chosen = generation_config.cache_implementation
-        if chosen not in (None, "dynamic"):
-            raise OptionError(
-                f"cache_implementation={chosen!r} on an optimised model",
-                why="it asks for a full-precision cache where the optimised one would be used",
-                do="Drop the option, or call kvquant_compile.restore(model) first.",
-            )
-        cache = model_kwargs.get("past_key_values")
-        made = cache is None and generation_config.use_cache is not False
-        if made:
-            model_kwargs["past_key_values"] = cache = state.program.new_cache()
-        if isinstance(cache, QuantizedCache):
-            cache.reserve((generation_config.max_length or 1) - 1)  # the last is never fed back
-        return None if made else original(generation_config, model_kwargs, *args, **kw)
-
-    return prepare
+    of_model = "_prepare_cache_for_generation", "init_continuous_batching"
+    return [(captured.backbone, "forward"), *((captured.model, name) for name in of_model)]
 
 
 def _backbone_forward(
@@ -108,7 +90,9 @@ def _backbone_forward(
             if reason:
                 state.warn_once(reason)
             return original(*args, **kwargs)
-        _refuse_unsupported(given)
+        _refuse_unsupported(backbone, given)
+        if cache is None and not _wants_cache(backbone, given):
+            _refuse_packed(given)
         owned = cache if cache is not None else state.program.new_cache()
         hidden = _run_backbone(backbone, state, given, owned)
         keep = cache is not None or _wants_cache(backbone, given)
@@ -142,39 +126,60 @@ def _why_original(
     return None
 
 
-def _refuse_unsupported(given: dict[str, Any]) -> None:
+def _refuse_unsupported(backbone: Any, given: dict[str, Any]) -> None:
+    """Raise for outputs that the program does not have, asked for by the call or the config."""
+    wanted = {name for name, value in given.items() if name.startswith("output_") and value}
     for name in ("output_attentions", "output_hidden_states"):
-        if given.get(name):
-            raise OptionError(
-                f"{name}=True on an optimised model",
-                why="the fused graph never materialises them",
-                do="Call kvquant_compile.restore(model) to inspect the original.",
-            )
+        if given.get(name) is None and getattr(backbone.config, name, False):
+            wanted.add(name)
+    for name in sorted(wanted):
+        raise OptionError(
+            f"{name}=True on an optimised model",
+            why="the fused graph never materialises them",
+            do="Call kvquant_compile.restore(model) to inspect the original.",
+        )
+
+
+def _refuse_packed(given: dict[str, Any]) -> None:
+    """Raise where the original would take a row for several sequences: without a cache or a mask,
+    and with positions that jump."""
+    positions = given.get("position_ids")
+    if positions is None or given.get("attention_mask") is not None or positions.ndim != 2:
+        return
+    if bool((positions.diff(dim=1) != 1).any()):
+        raise OptionError(
+            "position_ids that jump, with use_cache=False, on an optimised model",
+            why="they mean several sequences in one row, which the pages do not keep apart",
+            do="Pass one sequence per row, padded.",
+        )
 
 
 def _run_backbone(
     backbone: Any, state: Installed, given: dict[str, Any], cache: QuantizedCache
 ) -> Tensor:
-    fed = _fed(backbone, given)
-    hidden = fed["hidden"]
-    _check_placement(state.program, hidden)
-    batch, steps = hidden.shape[:2]
+    """The last hidden state [B, S, width] of a step, which is run in parts where it is long."""
+    tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    batch, steps = tokens.shape[:2]
+    past = cache.columns
     positions = _positions(given.get("position_ids"), batch, steps, cache)
-    mask = padding_of(given.get("attention_mask"), cache.columns)
-    inputs = {
-        **fed,
-        "position_ids": positions,
-        "attention_mask": mask,
-        "past": cache.columns,
-    }
-    return state.decode.run(inputs, cache, positions, mask, not state.attend_quantized)
+    mask = padding_of(given.get("attention_mask"), past)
+
+    def run(span: slice) -> Tensor:
+        fed = _fed(backbone, given, span)
+        _check_placement(state.program, fed["hidden"])
+        here = positions[:, span]
+        seen = mask if mask is None or span.stop == steps else mask[:, : past + span.stop]
+        inputs = {**fed, "position_ids": here, "attention_mask": seen, "past": cache.columns}
+        return state.decode.run(inputs, cache, here, seen, not state.attend_quantized)
+
+    return in_chunks(run, steps, state.prefill_chunk, cache)
 
 
-def _fed(backbone: Any, given: dict[str, Any]) -> dict[str, Tensor]:
-    """The inputs that come from tokens, embedded already or not."""
+def _fed(backbone: Any, given: dict[str, Any], span: slice) -> dict[str, Tensor]:
+    """The inputs that come from a span of tokens, embedded already or not."""
     if given.get("inputs_embeds") is None:
-        return embedded(backbone, given["input_ids"])
-    fed = {"hidden": given["inputs_embeds"]}
+        return embedded(backbone, given["input_ids"][:, span])
+    fed = {"hidden": given["inputs_embeds"][:, span]}
     if has_per_layer_inputs(backbone):
         if given.get(PER_LAYER) is None:
             raise OptionError(
@@ -182,7 +187,7 @@ def _fed(backbone: Any, given: dict[str, Any]) -> dict[str, Tensor]:
                 why="every layer is fed an embedding of the token beside the hidden state",
                 do="Pass input_ids, or both.",
             )
-        fed[PER_LAYER] = given[PER_LAYER]
+        fed[PER_LAYER] = given[PER_LAYER][:, span]
     return fed
 
 
@@ -224,10 +229,13 @@ def _functional_forward(module: nn.Module, state: Installed) -> Callable[..., An
             )
             return original(ids, past)
         cache = past if isinstance(past, QuantizedCache) else state.program.new_cache()
-        batch, steps = ids.shape
-        positions = _positions(None, batch, steps, cache)
-        inputs = {"ids": ids, "past": cache.columns}
-        logits = state.decode.run(inputs, cache, positions, None, not state.attend_quantized)
-        return logits, cache
+
+        def run(span: slice) -> Tensor:
+            part = ids[:, span]
+            positions = _positions(None, part.shape[0], part.shape[1], cache)
+            inputs = {"ids": part, "past": cache.columns}
+            return state.decode.run(inputs, cache, positions, None, not state.attend_quantized)
+
+        return in_chunks(run, ids.shape[1], state.prefill_chunk, cache), cache
 
     return forward
