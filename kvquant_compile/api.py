@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,16 +15,17 @@ from kvquant_compile.calib.calibrate import CalibrationOptions, calibrate
 from kvquant_compile.calib.data import WindowSettings, sample_windows
 from kvquant_compile.capture import capture
 from kvquant_compile.capture.cleanup import evaluation_mode
+from kvquant_compile.checks import check_asked, check_refusals, given_artifact, refuse_optimised
 from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.config import Bits
-from kvquant_compile.errors import OptionError, UnsupportedLayerError
+from kvquant_compile.dump import dumping
 from kvquant_compile.inspect.report import Report, build_report, describe_decode
 from kvquant_compile.inspect.source import layer_source
 from kvquant_compile.mixed.choose import calibrate_mixed
 from kvquant_compile.mixed.request import MixedBits
-from kvquant_compile.passes.recognise import MatchedLayer, recognise
+from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.progress import Progress
-from kvquant_compile.recipes.choice import Choice, choose, stored_layers
+from kvquant_compile.recipes.choice import choose, stored_layers
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.plugback import install, output_type, uninstall
@@ -54,6 +55,7 @@ def optimize(
     attend_quantized: bool = False,
     cuda_graphs: bool = True,
     progress: bool | None = None,
+    dump: str | Path | None = None,
 ) -> Model:
     """Store a decoder's KV cache in a few bits; ``generate`` and ``forward`` go on working.
 
@@ -92,6 +94,8 @@ def optimize(
         cuda_graphs: on a GPU, run a decode step as one CUDA graph wherever that is possible
             (``explain`` says where not); see :func:`use_cuda_graphs`.
         progress: show progress bars; None shows them on a terminal.
+        dump: folder to write the graph after every pass, plots of the tables, certificates and
+            sources to, with an ``index.html``; None: where KVQUANT_DUMP in the environment says.
 
     Returns:
         ``model``.
@@ -99,40 +103,50 @@ def optimize(
     Raises:
         KVQuantError: something cannot be honoured; nothing was changed then.
     """
-    _refuse_optimised(model)
-    given = _given_artifact(calibration)
+    refuse_optimised(model)
+    given = given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
     mixed = MixedBits.make(bits, budget, allocation)
     whole = cast("Bits | Mapping[int, Bits] | None", bits if mixed is None else mixed.placeholder)
     choice = choose(recipe, whole, slots, sinks)
     if given is not None and choice.asked:
-        _check_asked(choice, mixed, given)
+        check_asked(choice, mixed, given)
     options = choice.calibration(options)
+    observer = dumping(dump, type(model).__name__)
     # Gradients are needed in calibration, whatever mode the caller is in.
-    with torch.inference_mode(False), evaluation_mode(model), Progress(progress) as bar:
+    with (
+        observer.watching(),
+        torch.inference_mode(False),
+        evaluation_mode(model),
+        Progress(progress) as bar,
+    ):
         bar.stage("capture")
-        captured = capture(model, example_inputs)
+        captured = capture(model, example_inputs, observer)
         bar.stage("recognise and prove")
-        layers = recognise(captured)
+        layers = recognise(captured, observer)
         specs = choice.formats([layer.plan.index for layer in layers])
         layers = stored_layers(layers, specs if given is None else given.specs)
-        _check_refusals(layers, strict)
+        observer.matched(captured, layers)
+        check_refusals(layers, strict)
         bar.stage("validate (lossless)")
         errors = validate_lossless(captured, layers)
         if given is None:
             if mixed is None:
-                given = calibrate(captured, layers, specs, calibration, tokenizer, options, bar)
+                given = calibrate(
+                    captured, layers, specs, calibration, tokenizer, options, bar, observer
+                )
             else:
                 given = calibrate_mixed(
-                    captured, layers, choice, mixed, calibration, tokenizer, options, bar
+                    captured, layers, choice, mixed, calibration, tokenizer, options, bar, observer
                 )
             given = dataclasses.replace(given, details={"recipe": choice.name, **given.details})
         specs, tables = given.for_model(captured, layers)
         bar.stage("rewrite")
-        program = build_program(captured, layers, specs, tables)
-    report = build_report(captured, layers, program, errors, given)
-    state = Installed(program, captured, layers, given, report, attend_quantized)
-    state.cuda_graphs = cuda_graphs
+        program = build_program(captured, layers, specs, tables, observer)
+        report = build_report(captured, layers, program, errors, given)
+        state = Installed(program, captured, layers, given, report, attend_quantized)
+        state.cuda_graphs = cuda_graphs
+        observer.finished(state)
     install(model, state, output_type(captured))
     return model
 
@@ -236,59 +250,6 @@ def load_cache(path: str | Path, model: nn.Module) -> QuantizedCache:
     """
     program = installed(model).program
     return load(program.new_cache(), program.identity(), path)
-
-
-def _refuse_optimised(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            f"cannot optimise a {type(model).__name__}",
-            why="it is no torch.nn.Module",
-            do="Pass the loaded model itself.",
-        )
-    if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
-        raise OptionError(
-            f"{type(model).__name__} is already optimised",
-            why="its forward already runs a rewritten graph",
-            do="Call kvquant_compile.restore(model) first to optimise it anew.",
-        )
-
-
-def _given_artifact(calibration: Any) -> Artifact | None:
-    if isinstance(calibration, Artifact):
-        return calibration
-    is_file = isinstance(calibration, str) and calibration.endswith(".safetensors")
-    if isinstance(calibration, Path) or is_file:
-        return Artifact.load(calibration)
-    return None
-
-
-def _check_asked(choice: Choice, mixed: MixedBits | None, artifact: Artifact) -> None:
-    """An artifact has its format; asking for another beside it must not be ignored."""
-    if mixed is not None or choice.formats(list(artifact.specs)) != artifact.specs:
-        raise OptionError(
-            "the artifact has another format than was asked for",
-            why="its tables were fitted for its own recipe, bits, slots and sinks",
-            do="Leave recipe, bits, slots and sinks out to use the artifact's, or calibrate anew.",
-        )
-
-
-def _check_refusals(layers: Sequence[MatchedLayer], strict: bool) -> None:
-    refused = [layer.plan for layer in layers if layer.plan.refusal]
-    if not refused:
-        return
-    reasons = "; ".join(sorted({plan.refusal for plan in refused}))
-    names = ", ".join(str(plan.index) for plan in refused)
-    error = UnsupportedLayerError(
-        "keys cannot be stored before RoPE",
-        where=f"layers {names}",
-        why=reasons,
-        do="Pass strict=False to quantise these layers' keys after RoPE.",
-    )
-    if strict:
-        raise error
-    import warnings
-
-    warnings.warn(f"kvquant_compile: {error}", stacklevel=3)
 
 
 __all__ = [

@@ -39,6 +39,10 @@ CalibrationOption = Annotated[
                  "model samples its own text."),
 ]  # fmt: skip
 WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows.")]
+DumpOption = Annotated[
+    Path | None,
+    typer.Option("--dump", help="Folder for graphs after every pass, plots, and an index.html."),
+]
 
 
 def main() -> None:
@@ -102,11 +106,12 @@ def explain(
     layer: Annotated[int | None, typer.Option(help="Only this cache layer.")] = None,
     source: Annotated[bool, typer.Option("--source", help="Print generated kernels too.")] = False,
     json: JsonOption = False,
+    dump: DumpOption = None,
 ) -> None:
     """Optimise a model and print what was matched, proved and rewritten."""
     import kvquant_compile
 
-    network = _optimised(model, bits, budget, calibration, windows, dtype, seed)
+    network = _optimised(model, bits, budget, calibration, windows, dtype, seed, dump)
     report = kvquant_compile.explain(network, layer=layer, source=source)
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
@@ -125,9 +130,10 @@ def optimize(
     windows: WindowsOption = None,
     dtype: DtypeOption = "auto",
     seed: int = 0,
+    dump: DumpOption = None,
 ) -> None:
     """Optimise a model and continue a prompt with it."""
-    network = _optimised(model, bits, budget, calibration, windows, dtype, seed)
+    network = _optimised(model, bits, budget, calibration, windows, dtype, seed, dump)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
     output = network.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -190,6 +196,7 @@ def _optimised(
     windows: int | None,
     dtype: str,
     seed: int,
+    dump: Path | None = None,
 ) -> Any:
     import kvquant_compile
     from kvquant_compile.evaluate.text import read_text
@@ -207,4 +214,5 @@ def _optimised(
         tokenizer=tokenizer,
         windows=windows,
         seed=seed,
+        dump=dump,
     )

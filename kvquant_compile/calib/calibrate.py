@@ -17,6 +17,7 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.algebra.recipe import Recipe
 from kvquant_compile.codec.formats import Format, Tables
 from kvquant_compile.errors import OptionError
+from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.progress import Progress
 
@@ -186,10 +187,13 @@ def calibrate(
     tokenizer: Any,
     options: CalibrationOptions,
     bar: Progress,
+    observer: Observer = SILENT,
 ) -> Artifact:
     """Tables for a model; nothing of it is run when no layer's format needs calibration."""
     observed: dict[int, Observed] = {}
     source: dict[str, Any] = {"source": "none needed"}
     if any(needs_calibration(spec) for spec in specs.values()):
         observed, source = observe_windows(captured, layers, data, tokenizer, options, bar)
-    return fit_artifact(captured, layers, specs, observed, options, source, bar)
+    artifact = fit_artifact(captured, layers, specs, observed, options, source, bar)
+    observer.calibrated(layers, observed, artifact)
+    return artifact

@@ -12,11 +12,16 @@ from kvquant_compile.capture.functional_model import capture_functional
 from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
 from kvquant_compile.capture.run import run_marked
 from kvquant_compile.capture.transformers_model import capture_transformers
+from kvquant_compile.observer import SILENT, Observer
 
 __all__ = ["APPEND", "ATTEND", "MASK", "CacheLayout", "Captured", "capture", "run_marked"]
 
 
-def capture(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Captured:
+def capture(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | None = None,
+    observer: Observer = SILENT,
+) -> Captured:
     """Capture a decoder; the model is not changed.
 
     Args:
@@ -24,11 +29,12 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
             convention ``forward(ids, past) -> (logits, past)``.
         example_inputs: ``(ids, past)`` for the functional convention; ids int64 [B, S], past
             what the module accepts as an empty or filled cache. Not used for transformers.
+        observer: is told of the graph at every stage.
 
     Raises:
         UnsupportedModelError: what the model is, or does, rules a sound capture out.
         UnsupportedLayerError: one attention, mask or cache layer does.
     """
     if isinstance(model, PreTrainedModel):
-        return capture_transformers(model)
-    return capture_functional(model, example_inputs)
+        return capture_transformers(model, observer)
+    return capture_functional(model, example_inputs, observer)

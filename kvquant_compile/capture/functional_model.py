@@ -16,6 +16,7 @@ from kvquant_compile.capture.captured import CacheLayout, Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph
 from kvquant_compile.capture.functional_check import self_check
 from kvquant_compile.errors import KVQuantError, OptionError, UnsupportedModelError
+from kvquant_compile.observer import SILENT, Observer
 
 _BATCH, _TOKENS, _PAST = 2, 6, 5
 _CONVENTION = (
@@ -51,7 +52,9 @@ class _Flat(nn.Module):
         return [logits, *pytree.tree_leaves(grown)]
 
 
-def capture_functional(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> Captured:
+def capture_functional(
+    model: nn.Module, example_inputs: tuple[Any, ...] | None, observer: Observer = SILENT
+) -> Captured:
     """Capture a hand-written decoder of the functional-cache convention.
 
     Args:
@@ -77,8 +80,10 @@ def capture_functional(model: nn.Module, example_inputs: tuple[Any, ...] | None)
         gm = flat_graph(program, all_outputs=True)
         ids = gm.graph.find_nodes(op="placeholder")[0]
         ids.target = ids.name = "ids"
+        observer.graph("exported", gm)
         mark_appends(gm, decoder.layout)
         unmasked = any(meaning.mask_assumed for meaning in mark_attention(gm))
+        observer.graph("captured", gm)
         evidence = self_check(gm, decoder, parameter.dtype, unmasked)
     return Captured(
         gm, "functional", model, model, parameter.device, parameter.dtype,

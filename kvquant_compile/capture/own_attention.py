@@ -29,6 +29,7 @@ from kvquant_compile.capture.captured import CacheLayout
 from kvquant_compile.capture.cleanup import flat_graph
 from kvquant_compile.capture.mask_kind import MaskKind
 from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
+from kvquant_compile.observer import SILENT, Observer
 
 
 class _Flat(nn.Module):
@@ -168,7 +169,7 @@ def _check_axes(caches: list[Tensor], step: torch.Size) -> None:
 
 
 def marked_graph(
-    program: torch.export.ExportedProgram, layout: CacheLayout
+    program: torch.export.ExportedProgram, layout: CacheLayout, observer: Observer = SILENT
 ) -> tuple[fx.GraphModule, Firings]:
     """The exported program with markers, and what they would have seen.
 
@@ -177,6 +178,7 @@ def marked_graph(
     """
     # Without in-place operations: what attention code leaves behind would look alive.
     gm = flat_graph(program.run_decompositions({}), all_outputs=True)
+    observer.graph("exported", gm)
     mark_appends(gm, layout)
     meanings = mark_attention(gm)
     masks = [MaskKind(meaning.kind, meaning.window) for meaning in meanings]

@@ -32,6 +32,7 @@ from kvquant_compile.capture.own_attention import (
 )
 from kvquant_compile.capture.slices_written import written_slices_as_values
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
+from kvquant_compile.observer import SILENT, Observer
 
 # Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
 _BATCH, _TOKENS, _PAST = 2, 6, 5
@@ -66,7 +67,7 @@ class _Flat(nn.Module):
         return out.last_hidden_state
 
 
-def capture_transformers(model: PreTrainedModel) -> Captured:
+def capture_transformers(model: PreTrainedModel, observer: Observer = SILENT) -> Captured:
     """Capture the text backbone of a transformers model.
 
     The model is the same afterwards, training mode and attention implementation included.
@@ -82,15 +83,17 @@ def capture_transformers(model: PreTrainedModel) -> Captured:
     with evaluation_mode(model), torch.no_grad():
         seen = _eager_run(model, backbone, parameter)
         if seen.attends < seen.appends:
-            gm, seen = _own_attention(model, backbone, parameter)
+            gm, seen = _own_attention(model, backbone, parameter, observer)
         elif seen.derived:
-            gm = _derived_keys(model, backbone, parameter, seen)
+            gm = _derived_keys(model, backbone, parameter, seen, observer)
         else:
             program, leaves = _export(model, backbone, parameter, seen)
             gm = flat_graph(program)
+            observer.graph("exported", gm)
             call_leaves(gm, leaves)
         sizes_from(gm, "hidden")
         optional = mask_from_input(gm, "attention_mask")
+        observer.graph("captured", gm)
         audit_graph(gm.graph, seen)
         evidence = self_check(gm, backbone, parameter, seen, mask_optional=optional)
     return Captured(
@@ -241,7 +244,7 @@ def _with_leaves(
 
 
 def _own_attention(
-    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor
+    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, observer: Observer
 ) -> tuple[fx.GraphModule, Firings]:
     """The marked graph of a model whose attention is code of its own."""
     step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
@@ -249,11 +252,15 @@ def _own_attention(
     with _export_errors(model), attention_by(backbone, "eager"):
         caches = cache_inputs(backbone, config, before)
         program = export_with_cache(backbone, config, step, caches)
-    return marked_graph(program, caches.layout)
+    return marked_graph(program, caches.layout, observer)
 
 
 def _derived_keys(
-    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, eager: Firings
+    model: PreTrainedModel,
+    backbone: PreTrainedModel,
+    like: Tensor,
+    eager: Firings,
+    observer: Observer,
 ) -> fx.GraphModule:
     """The marked graph of a model that computes keys and values from what it has cached."""
     step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
@@ -268,6 +275,7 @@ def _derived_keys(
 
         program, leaves = _with_leaves(export, tracing, eager.watch, backbone, config)
     gm = flat_graph(program, all_outputs=True)
+    observer.graph("exported", gm)
     written_slices_as_values(gm)
     mark_appends(gm, caches.layout)
     call_leaves(gm, leaves)

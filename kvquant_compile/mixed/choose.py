@@ -17,6 +17,7 @@ from kvquant_compile.mixed.knapsack import allocate
 from kvquant_compile.mixed.measure import Losses, fisher_losses, measured_losses, no_gradients
 from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.mixed.widths import Fitted, Item, candidates, fit_widths
+from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import Choice
@@ -33,6 +34,7 @@ def calibrate_mixed(
     tokenizer: Any,
     options: CalibrationOptions,
     bar: Progress,
+    observer: Observer = SILENT,
 ) -> Artifact:
     """Formats and tables within a budget; arguments as of ``calibrate``.
 
@@ -44,7 +46,9 @@ def calibrate_mixed(
         raise no_gradients()
     windows = choose_windows(captured, data, tokenizer, options, bar)
     observed, source = observe_chosen(captured, layers, windows, data is None, options, bar)
-    return mix(captured, layers, choice, request, windows, observed, options, source, bar)
+    artifact = mix(captured, layers, choice, request, windows, observed, options, source, bar)
+    observer.calibrated(layers, observed, artifact)
+    return artifact
 
 
 def mix(

@@ -12,6 +12,7 @@ from torch import fx
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.edit import add_call, add_transpose
 from kvquant_compile.capture.markers import APPEND, ATTEND
+from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.absorb import LATENT, absorb
 from kvquant_compile.passes.masks import attend_plan
 from kvquant_compile.passes.prove import Proof, Prover
@@ -41,7 +42,7 @@ class MatchedLayer:
     attends: tuple[fx.Node, ...]
 
 
-def recognise(captured: Captured) -> tuple[MatchedLayer, ...]:
+def recognise(captured: Captured, observer: Observer = SILENT) -> tuple[MatchedLayer, ...]:
     """Match every append of a captured graph, in graph order.
 
     Expansions of cached latents are absorbed first (:mod:`.absorb`). Else only view and transpose
@@ -54,6 +55,7 @@ def recognise(captured: Captured) -> tuple[MatchedLayer, ...]:
             something that is computed from what is cached, but by no linear map.
     """
     absorb(captured)
+    observer.graph("absorbed", captured.graph_module)
     prover = Prover(captured)
     graph = captured.graph_module.graph
     matched = tuple(
@@ -62,6 +64,7 @@ def recognise(captured: Captured) -> tuple[MatchedLayer, ...]:
     )
     graph.lint()
     captured.graph_module.recompile()
+    observer.graph("recognised", captured.graph_module)
     return matched
 
 

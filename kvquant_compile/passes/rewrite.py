@@ -20,6 +20,7 @@ from torch import fx
 from kvquant_compile.capture.markers import MARKERS
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants
+from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.device_past import positions_from_slots
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import AttendPlan
@@ -27,6 +28,8 @@ from kvquant_compile.plan import AttendPlan
 STEP_INPUTS = ("slots", "history", "table", "positions", "exact_chunk")
 # Names of the buffers that hold calibrated constants.
 CONSTANT_PREFIX = "kvquant_"
+# In the meta of an op of the rewritten graph: the name of the marker that it stands for.
+REPLACES = "kvquant_replaces"
 _GEOMETRY = ("key_order", "query_order", "frequencies", "rope_scale")
 
 
@@ -34,6 +37,7 @@ def rewrite(
     source: fx.GraphModule,
     layers: Sequence[MatchedLayer],
     constants: Mapping[int, LayerConstants],
+    observer: Observer = SILENT,
 ) -> fx.GraphModule:
     """A new graph on packed pages; ``source`` stays as it is, parameters are shared.
 
@@ -41,6 +45,7 @@ def rewrite(
         source: a captured graph with markers.
         layers: what the passes proved about its sites.
         constants: cache index -> the layer's constants.
+        observer: is told of the graph after every pass.
 
     Returns:
         A graph module without any marker.
@@ -55,11 +60,14 @@ def rewrite(
     step = _add_inputs(graph, layers)
     for layer in layers:
         _rewrite_layer(gm, layer, constants[layer.plan.index], copies, step)
+    observer.graph("rewritten", gm)
     positions_from_slots(gm, step["slots"])
+    observer.graph("positions from slots", gm)
     graph.eliminate_dead_code()
     _drop_unused_inputs(graph)
     graph.lint()
     gm.recompile()
+    observer.graph("dead code eliminated", gm)
     left = [n for n in graph.nodes if n.target in MARKERS]
     assert not left, f"markers left after the rewrite: {left}"
     return gm
@@ -91,11 +99,12 @@ def _rewrite_layer(
         tables, geometry = _constant_nodes(gm, index, constants)
         stored = copies[layer.key_pre] if layer.plan.rope is not None else key
         pages, sinks = step[f"pages_{index}"], step[f"sinks_{index}"]
-        graph.call_function(
+        new = graph.call_function(
             ops.append,
             (stored, value, step["slots"], step["table"], pages, sinks, tables, geometry,
              str(constants.layout)),
         )  # fmt: skip
+    new.meta = {k: v for k, v in append.meta.items() if k != "val"} | {REPLACES: append.name}
     cache = (step["slots"], step["history"], step["table"], step["positions"], pages, sinks,
              tables, geometry)  # fmt: skip
     for old, plan in zip(layer.attends, layer.plan.attends, strict=True):
@@ -120,7 +129,7 @@ def _replace_attend(
              step["exact_chunk"], str(constants.layout), *extra),
         )  # fmt: skip
         output = graph.call_function(operator.getitem, (new, 0))
-    new.meta = {k: v for k, v in old.meta.items() if k != "val"}
+    new.meta = {k: v for k, v in old.meta.items() if k != "val"} | {REPLACES: old.name}
     output.meta = dict(old.meta)
     old.replace_all_uses_with(output)
     graph.erase_node(old)

@@ -14,6 +14,7 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.leaves import STATES, new_states
 from kvquant_compile.codec.formats import Format, Layout, Tables
 from kvquant_compile.lowering.constants import lower_layer
+from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.device_past import COLUMNS
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
@@ -127,6 +128,7 @@ def build_program(
     layers: Sequence[MatchedLayer],
     specs: Mapping[int, Format],
     tables: Mapping[int, Tables | None],
+    observer: Observer = SILENT,
 ) -> Program:
     """Rewrite a captured model; formats and tables by cache index, None for lossless layers."""
     device, dtype = captured.device, captured.dtype
@@ -137,7 +139,7 @@ def build_program(
     }
     indices = tuple(layer.plan.index for layer in layers)
     return Program(
-        rewrite(captured.graph_module, layers, constants),
+        rewrite(captured.graph_module, layers, constants, observer),
         tuple(constants[i].layout for i in indices),
         indices,
         device,
