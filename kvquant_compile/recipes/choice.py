@@ -16,6 +16,8 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.recipes.named import NAMED
 
 OURS, PUBLISHED = "kvquant+", "kvquant"
+PUBLISHED_SLOTS = 2
+"""1.6 % of a head of 128, for KVQuant's 1 % of all heads of a token together."""
 Chosen = str | Recipe | Callable[..., Recipe]
 
 
@@ -87,8 +89,9 @@ def choose(
     Raises:
         OptionError: no such recipe, or an option that it does not have.
     """
-    form = FormatOptions.make(bits, slots, sinks)
     asked = (recipe, bits, slots, sinks) != (None, None, None, None)
+    own = PUBLISHED_SLOTS if recipe == PUBLISHED and slots is None else slots
+    form = FormatOptions.make(bits, own, sinks)
     if recipe is None or recipe in (OURS, PUBLISHED):
         return Choice(str(recipe or OURS), form, None, asked)
     make = _maker(recipe)
@@ -101,8 +104,8 @@ def choose(
     fixed = isinstance(recipe, Recipe)
     if fixed and bits is not None:
         raise OptionError(
-            f"bits={bits!r} with a Recipe",
-            why="a recipe has its own widths",
+            "bits with a Recipe",
+            why=f"the recipe {_name(recipe)!r} has its own widths",
             do="Leave bits out, or pass the function that makes the recipe from the widths.",
         )
     if sinks is not None:
