@@ -21,7 +21,9 @@ class FitSettings:
         stretch: part of the shrinkage of keys that is undone (Q-Norm): with 1, stored keys
             regressed on true ones have slope 1. More lowers perplexity, less the divergence.
         value_transform: divide values by static per-channel deviations after centring.
-        value_range: part of a token's inlier range that the value table spans; None: by width.
+        value_range: part of a token's inlier range that the value table spans; None: searched
+            for (``value_clip``), or by width.
+        value_clip: search that part head by head for the least expected loss; needs gradients.
         key_feedback, value_feedback: move coding errors as the gradients prescribe.
         damping: part of the mean diagonal added to the gradients' second moment before it is
             inverted for the feedback.
@@ -40,6 +42,7 @@ class FitSettings:
     stretch: float = 0.5
     value_transform: bool = False
     value_range: float | None = None
+    value_clip: bool = True
     key_feedback: bool = True
     value_feedback: bool = True
     damping: float = 0.03

@@ -92,7 +92,7 @@ def test_token_scale_helps_keys_of_varying_size() -> None:
 
 def test_every_switch_changes_the_tables() -> None:
     k, v, gk, gv = data()
-    spec = CodecSpec(3, 3, key_token_scale=True)
+    spec = CodecSpec(3, 2, key_token_scale=True)
     base = fit_layer(k, v, gk, gv, spec).tensors()
     plain = FitSettings()
     for name, value in {
@@ -105,7 +105,8 @@ def test_every_switch_changes_the_tables() -> None:
         "refine": 0,
         "stretch": 0.0,
         "value_transform": True,
-        "value_range": 0.8,
+        "value_range": 0.9,
+        "value_clip": False,
         "key_feedback": False,
         "value_feedback": False,
         "damping": 1.0,
@@ -113,6 +114,28 @@ def test_every_switch_changes_the_tables() -> None:
     }.items():
         other = fit_layer(k, v, gk, gv, spec, replace(plain, **{name: value})).tensors()
         assert any(not torch.equal(base[field], other[field]) for field in base), name
+
+
+def test_the_clip_search_finds_each_heads_own_best_range() -> None:
+    """A head with short tails wants its whole range; one with a few far elements a part of it."""
+    k, v, gk, gv = data()
+    v[1] = v[1].sign() * (1 + 0.01 * v[1].abs())
+    spec = CodecSpec(2, 2, value_slots=0, key_token_scale=True)
+    quick = FitSettings(refine=0, stretch=0.0)
+    found = fit_layer(k, v, gk, gv, spec, quick)
+    ends = found.value_table[:, -1].tolist()
+    assert ends[0] < 0.9 * table_limit(2)
+    assert ends[1] == table_limit(2)
+    moment = gv.transpose(1, 2) @ gv
+
+    def losses(tables: LayerTables) -> Tensor:
+        error = dequantise_values(quantise_values(v[None], tables, spec), tables, spec)[0] - v
+        return (error * (error @ moment)).sum((1, 2))
+
+    least = losses(found)
+    for part in (0.6, 0.7, 0.85, 1.0):
+        other = fit_layer(k, v, gk, gv, spec, replace(quick, value_range=part))
+        assert bool((least <= losses(other)).all())
 
 
 def test_ignored_tokens_have_no_influence() -> None:
