@@ -49,6 +49,10 @@ SMALL = {
     "window, steps, own tokens": replace(
         NARROW, steps=3, exact=False, rep=2, window=40, lengths=(150,)
     ),
+    "default, 8 columns": replace(HALF_LINEAR, spec=DEFAULT, lengths=(150,), rep=6),
+    "key slots, no RoPE, 8 columns": replace(
+        NARROW, rope=None, spec=CodecSpec(3, 3, 1, 0, True, 0), rep=8, lengths=(130,)
+    ),
     "peaked": replace(NARROW, sharpness=16.0, lengths=(150,)),
 }  # fmt: skip
 

@@ -34,7 +34,11 @@ _WORDS = ("a0", "a1", "b0", "b1")
 
 @dataclass(frozen=True)
 class KeyEmitter:
-    """Writes scores ``s{group}_{j}`` of a lane's tokens j = 0..7 for its query of every group."""
+    """Writes scores ``s{group}_{j}`` of a lane's tokens j = 0..7 for its query of every group.
+
+    Sums of products are ``c{group}_{i}`` where fragments hold derivatives, else ``plain_{i}``; of
+    the four that a lane has of a tile, r = i // 2 is one of its two tokens.
+    """
 
     spec: GluonSpec
     memory: Memory
@@ -66,20 +70,20 @@ class KeyEmitter:
             return
         out("", "# scales into queries; what centres and zeros add to every score")
         scales = self._constant(Constants(self.spec).scales)
-        for group in range(self.spec.groups):
+        for fragment in self.spec.fragments(self.spec.explicit):
             for kind in ("bytes", "zeros"):
-                out(*(f"{kind}{group}_{i} = zero" for i in range(4)))
+                out(*(f"{kind}{fragment}_{i} = zero" for i in range(4)))
         for pairs in self._linear:
             parts = (scales + 192 * pairs + 64 * k for k in range(3))
             load_shared(out, [f"e{i}" for i in range(12)], "shared + t * 16", *parts)
-            for group in range(self.spec.groups):
-                self._fold(out, group, pairs)
+            for fragment in self.spec.fragments(pairs):
+                self._fold(out, fragment, pairs)
         for group in range(self.spec.groups):
             self._page_level(out, group)
 
-    def _fold(self, out: KernelWriter, group: int, pairs: int) -> None:
-        names = [f"q{group}_{pairs}_{x}" for x in _WORDS]
-        target = names if self.spec.rotates else [f"p{group}_{pairs}_{x}" for x in _WORDS]
+    def _fold(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        names = [f"q{fragment}_{pairs}_{x}" for x in _WORDS]
+        target = names if self.spec.rotates else [f"p{fragment}_{pairs}_{x}" for x in _WORDS]
         text = "".join(f"mul.rn.f16x2 ${i}, ${4 + i}, ${8 + i};\n" for i in range(4))
         inputs = [*names, *(f"e{i}" for i in range(4))]
         out.ptx(text, target, inputs, pure=True, name="FOLD")
@@ -88,9 +92,9 @@ class KeyEmitter:
         number = -(1024 + table_bias(self.spec.layout.spec.key_bits))
         text = f".reg .b32 k; mov.b32 k, {_half_pair(number)};\n"
         text += product(d, ["k"] * 4, b[:2], registers(8, 4)) + product(d, ["k"] * 4, b[2:], d)
-        sums = [f"bytes{group}_{i}" for i in range(4)]
+        sums = [f"bytes{fragment}_{i}" for i in range(4)]
         out.ptx(text, sums, [*target, *sums], kinds="rrrrffff", into="ffff", name="BYTES_LEVEL")
-        sums = [f"zeros{group}_{i}" for i in range(4)]
+        sums = [f"zeros{fragment}_{i}" for i in range(4)]
         text = product(d, registers(12, 4), b[:2], registers(8, 4))
         text += product(d, registers(16, 4), b[2:], d)
         inputs = [*target, *sums, *(f"e{i}" for i in range(4, 12))]
@@ -98,13 +102,20 @@ class KeyEmitter:
 
     def _page_level(self, out: KernelWriter, group: int) -> None:
         """``level``: added to every score of the page; ``slope``: by the token's offset."""
-        if self._scaled:
-            out(f"level{group} = zeros{group}_0", f"slope{group} = zeros{group}_1")
-        else:
-            out(
-                f"level{group} = bytes{group}_0 + zeros{group}_0",
-                f"slope{group} = bytes{group}_1 + zeros{group}_1",
-            )
+        for name, own in (("level", self._level), ("slope", self._slope)):
+            total = own("zeros", group)
+            if total and not self._scaled:
+                total = f"{own('bytes', group)} + {total}"
+            if total:
+                out(f"{name}{group} = {total}")
+
+    def _level(self, kind: str, group: int) -> str:
+        """What the centres ("bytes") or zeros of linear pairs add to a query's scores."""
+        return f"{kind}{group}_0" if self.spec.rotates else f"{kind}0_{group}"
+
+    def _slope(self, kind: str, group: int) -> str:
+        """The same by the token's offset; nothing where keys do not turn."""
+        return f"{kind}{group}_1" if self.spec.rotates else ""
 
     def scores(self, out: KernelWriter, chunk: int) -> None:
         """Scores of the lane's four tokens of a chunk, but for ``level``."""
@@ -136,22 +147,40 @@ class KeyEmitter:
         names = [f"scale{4 * chunk + i}" for i in range(4)]
         out.ptx(text, names, ["here + g * 8"], into="ffff", name="TOKEN_SCALES")
 
-    def _starts(self, group: int) -> list[str]:
-        """What the products of a tile start from: the slope, and levels that scales apply to."""
-        if not self._linear:
-            return ["zero"] * 4
-        if self._scaled:
-            return [f"bytes{group}_0", f"bytes{group}_1"] * 2
-        return ["zero", f"slope{group}"] * 2
+    def _starts(self, pairs: int) -> list[str]:
+        """What the products of a tile start from: levels that scales apply to, or the slope."""
+        groups = range(self.spec.groups)
+        scaled = self._scaled and bool(self._linear)
+        if pairs == 0:
+            levels = [self._level("bytes", group) if scaled else "zero" for group in groups]
+            if not self._derivatives(pairs):
+                return [levels[0], levels[1] if len(levels) == 2 else "zero"] * 2
+        else:  # the queries' columns of what came before
+            levels = []
+        starts = []
+        for group in groups:
+            slope = self._slope("bytes", group) if scaled else f"slope{group}"
+            for r in range(2):
+                starts += [levels[group] if levels else f"plain_{2 * r + group}", slope]
+        return starts
+
+    def _derivatives(self, pairs: int) -> bool:
+        """Whether the fragments of a group of pairs hold derivatives."""
+        return self.spec.rotates and pairs >= self.spec.explicit
+
+    def _sums(self, pairs: int) -> list[str]:
+        if not self._derivatives(pairs):
+            return [f"plain_{i}" for i in range(4)]
+        return [f"c{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
 
     def _multiply(self, out: KernelWriter, selectors: list[str], tile: int, pairs: int) -> None:
-        """Add a group of pairs to the products ``c{group}_{0..3}`` of a tile."""
-        groups = range(self.spec.groups)
+        """Add a group of pairs to the products of a tile."""
         codes = [f"key_table{i}" for i in range(table_words(self.spec.layout.spec.key_bits))]
-        sums = [f"c{group}_{i}" for group in groups for i in range(4)]
-        kept = "q" if self.spec.rotates else "p"
-        queries = [f"{kept}{group}_{pairs}_{x}" for group in groups for x in _WORDS]
-        before = sums if pairs else [x for group in groups for x in self._starts(group)]
+        kept, fragments = "q" if self.spec.rotates else "p", self.spec.fragments(pairs)
+        queries = [f"{kept}{fragment}_{pairs}_{x}" for fragment in fragments for x in _WORDS]
+        sums = self._sums(pairs)
+        begins = pairs == 0 or self._derivatives(pairs) != self._derivatives(pairs - 1)
+        before = self._starts(pairs) if begins else sums
         extra: list[str] = []
         if pairs < self.spec.explicit:
             table = Constants(self.spec).rotation + 1024 * (tile * self.spec.explicit + pairs)
@@ -160,52 +189,26 @@ class KeyEmitter:
             extra = [*turns, *(f"z{pairs}_{i}" for i in range(8))]
         inputs = [*selectors, *codes, *queries, *extra, *before]
         kinds = "r" * (len(inputs) - len(before)) + "f" * len(before)
-        text = self._product_text(len(codes), bool(extra))
+        text = _product_text(len(fragments), len(codes), bool(extra))
         name = "KEYS_EXPLICIT" if extra else "KEYS_LINEAR"
         out.ptx(text, sums, inputs, kinds=kinds, into="f" * len(sums), name=name)
         if extra and self.spec.zero_fragments:
             self._multiply_zeros(out, tile, pairs)
 
-    def _product_text(self, table_size: int, explicit: bool) -> str:
-        groups = self.spec.groups
-        n = 4 * groups
-        table = registers(n + 2, table_size)
-        queries = registers(n + 2 + table_size, n)
-        rest = n + 2 + table_size + n
-        text = ".reg .b32 x, y, tmp, one; .reg .b32 a<4>, b<4>;\n"
-        text += f"mov.b32 one, {ONES};\n"
-        a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
-        high = "0" if explicit else BYTES_AS_1024
-        text += key_fragment(a, f"${n}", table, high) + key_fragment(b, f"${n + 1}", table, high)
-        if explicit:
-            text += _rotate(registers(rest, 8), registers(rest + 8, 8))
-            a, b = [f"p{i}" for i in range(4)], [f"q{i}" for i in range(4)]
-            rest += 16
-        for group in range(groups):
-            d, q = registers(4 * group, 4), queries[4 * group : 4 * group + 4]
-            text += product(d, a, q[:2], registers(rest + 4 * group, 4)) + product(d, b, q[2:], d)
-        return text
-
     def _multiply_zeros(self, out: KernelWriter, tile: int, pairs: int) -> None:
-        """Add the turned zeros of an explicit group to ``o{group}_{0..3}``."""
-        n = 4 * self.spec.groups
+        """Add the turned zeros of an explicit group to ``o_{0..3}``."""
         table = Constants(self.spec).zeros + 1024 * (tile * self.spec.explicit + pairs)
-        at = self._constant(table)
-        sums = [f"o{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
-        queries = [f"q{g}_{pairs}_{x}" for g in range(self.spec.groups) for x in _WORDS]
+        at, sums = self._constant(table), [f"o_{i}" for i in range(4)]
         text = ".reg .b32 a<4>, b<4>;\n"
         for i, name in enumerate("ab"):
             target = ", ".join(f"{name}{k}" for k in range(4))
-            text += f"ld.shared.v4.b32 {{{target}}}, [${n}+{at + 512 * i}];\n"
-        a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
-        for group in range(self.spec.groups):
-            d, q = registers(4 * group, 4), registers(n + 1 + 4 * group, 4)
-            start = registers(n + 1 + n + 4 * group, 4)
-            text += product(d, a, q[:2], start) + product(d, b, q[2:], d)
-        before = sums if pairs else ["zero"] * n
-        inputs = ["shared + lane * 16", *queries, *before]
-        kinds = "r" * (1 + n) + "f" * n
-        out.ptx(text, sums, inputs, kinds=kinds, into="f" * n, name="KEY_ZEROS")
+            text += f"ld.shared.v4.b32 {{{target}}}, [$4+{at + 512 * i}];\n"
+        d, q = registers(0, 4), registers(5, 4)
+        text += product(d, [f"a{i}" for i in range(4)], q[:2], registers(9, 4))
+        text += product(d, [f"b{i}" for i in range(4)], q[2:], d)
+        before = sums if pairs else ["zero"] * 4
+        inputs = ["shared + lane * 16", *(f"q0_{pairs}_{x}" for x in _WORDS), *before]
+        out.ptx(text, sums, inputs, kinds="rrrrrffff", into="ffff", name="KEY_ZEROS")
 
     def _finish(self, out: KernelWriter, j: int, r: int) -> None:
         """The score of one token from its products, but for ``level``."""
@@ -213,16 +216,41 @@ class KeyEmitter:
         where = f"(middle + {TOKENS[j] / 32})"
         sloped = self.spec.rotates and bool(self._linear)
         for group in range(self.spec.groups):
-            score = f"c{group}_{2 * r}"
+            score = f"plain_{2 * r + group}"
             if sloped:
-                score = f"{score} + {where} * c{group}_{2 * r + 1}"
+                score = f"c{group}_{2 * r} + {where} * c{group}_{2 * r + 1}"
             if self._scaled:
                 score = f"scale{j} * ({score})"
                 if sloped:
                     score += f" + {where} * slope{group}"
                 if self.spec.zero_fragments:
-                    score += f" + o{group}_{2 * r}"
+                    score += f" + o_{2 * r + group}"
             out(f"s{group}_{j} = {score}")
+
+
+def _product_text(fragments: int, table_size: int, explicit: bool) -> str:
+    """Two selectors to fragments of keys, perhaps rotated, times fragments of queries.
+
+    Operands: sums, selectors, table words, query words, for explicit ones the rotation and scales
+    and centres, and what the sums start from.
+    """
+    n = 4 * fragments
+    table = registers(n + 2, table_size)
+    queries = registers(n + 2 + table_size, n)
+    rest = n + 2 + table_size + n
+    text = ".reg .b32 x, y, tmp, one; .reg .b32 a<4>, b<4>;\n"
+    text += f"mov.b32 one, {ONES};\n"
+    a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
+    high = "0" if explicit else BYTES_AS_1024
+    text += key_fragment(a, f"${n}", table, high) + key_fragment(b, f"${n + 1}", table, high)
+    if explicit:
+        text += _rotate(registers(rest, 8), registers(rest + 8, 8))
+        a, b = [f"p{i}" for i in range(4)], [f"q{i}" for i in range(4)]
+        rest += 16
+    for fragment in range(fragments):
+        d, q = registers(4 * fragment, 4), queries[4 * fragment : 4 * fragment + 4]
+        text += product(d, a, q[:2], registers(rest + 4 * fragment, 4)) + product(d, b, q[2:], d)
+    return text
 
 
 def _rotate(turns: list[str], scales: list[str]) -> str:

@@ -16,10 +16,11 @@ _PARTS = [(member, half) for member in range(2) for half in range(2)]
 
 @dataclass(frozen=True)
 class QueryEmitter:
-    """Writes fragment words ``q{group}_{pairs}_{a0|a1|b0|b1}``.
+    """Writes fragment words ``q{fragment}_{pairs}_{a0|a1|b0|b1}``.
 
-    A column pair of a product is one query: the even column holds the query, the odd one its
-    derivative by the token's offset, for groups of pairs that take the linear rule.
+    For pairs that take the linear rule, a column pair of a product is one query: the even column
+    holds the query, the odd one its derivative by the token's offset, and every group of columns
+    has a fragment. Elsewhere the odd columns hold the queries of the second group, if there is one.
     """
 
     spec: GluonSpec
@@ -34,8 +35,8 @@ class QueryEmitter:
         for pairs in range(self.spec.key_groups):
             if self.spec.rotates:
                 self._load_frequencies(out, pairs)
-            for group in range(self.spec.groups):
-                self._fragments(out, group, pairs)
+            for fragment in self.spec.fragments(pairs):
+                self._fragment(out, fragment, pairs)
         if self.spec.rotates:
             self._angle_addresses(out)
 
@@ -82,32 +83,33 @@ class QueryEmitter:
                     f"slope{half}{low} = angle * (1.0 - angle * angle * 0.125)",
                 )
 
-    def _fragments(self, out: KernelWriter, group: int, pairs: int) -> None:
-        explicit = pairs < self.spec.explicit
+    def _fragment(self, out: KernelWriter, fragment: int, pairs: int) -> None:
         names = {}
-        for member, half in _PARTS:
-            values = []
-            for low in range(2):
-                x = f"x{group}_{pairs}_{member}{half}{low} * inverse{group}"
-                other = f"x{group}_{pairs}_{1 - member}{half}{low} * inverse{group}"
-                if explicit:
-                    value = f"gl.where(derivative == 0, {x} * {float(2**EXPLICIT_EXPONENT)}, 0.0)"
-                elif self.spec.rotates:
-                    sign = "-" if member else ""
-                    turned = f"{sign}{other} * slope{half}{low}"
-                    value = f"gl.where(derivative == 0, {x}, {turned})"
-                else:
-                    value = f"gl.where(derivative == 0, {x}, 0.0)"
-                values.append(value)
-            name = f"q{group}_{pairs}_{'ab'[member]}{half}"
+        for part in _PARTS:
+            values = [self._element(fragment, pairs, *part, low) for low in range(2)]
+            name = f"q{fragment}_{pairs}_{'ab'[part[0]]}{part[1]}"
             text = "cvt.rn.f16x2.f32 $0, $2, $1;"
             out.ptx(text, [name], values, kinds="ff", pure=True, name="HALVES")
-            names[member, half] = name
+            names[part] = name
         if self.spec.rotates:
-            at = self.memory.queries + 512 * (pairs * self.spec.groups + group)
+            at = self.memory.queries + 512 * (pairs * self.spec.groups + fragment)
             text = "st.shared.v4.b32 [$1], {$2, $3, $4, $5};"
             words = [names[part] for part in _PARTS]
             out.ptx(text, ["_"], [f"shared + {at} + lane * 16", *words], name="STORE16")
+
+    def _element(self, fragment: int, pairs: int, member: int, half: int, low: int) -> str:
+        """An element of a lane's own column, before rounding."""
+
+        def query(group: int, member: int) -> str:
+            return f"x{group}_{pairs}_{member}{half}{low} * inverse{group}"
+
+        if self.spec.rotates and pairs >= self.spec.explicit:
+            sign = "-" if member else ""
+            odd = f"{sign}{query(fragment, 1 - member)} * slope{half}{low}"
+            return f"gl.where(derivative == 0, {query(fragment, member)}, {odd})"
+        odd = query(1, member) if self.spec.groups == 2 else "0.0"
+        larger = f" * {float(2**EXPLICIT_EXPONENT)}" if self.spec.rotates else ""
+        return f"gl.where(derivative == 0, {query(0, member)}, {odd}){larger}"
 
     def _angle_addresses(self, out: KernelWriter) -> None:
         """Where the lane's angles of a page's base go; a lane works out one word of either."""
@@ -131,10 +133,10 @@ class QueryEmitter:
         warp_sync(out)
         for pairs in range(self.spec.key_groups):
             load_shared(out, ["c0", "c1", "d0", "d1"], "angles + t * 16", 64 * pairs)
-            for group in range(self.spec.groups):
-                at = self.memory.queries + 512 * (pairs * self.spec.groups + group)
+            for fragment in self.spec.fragments(pairs):
+                at = self.memory.queries + 512 * (pairs * self.spec.groups + fragment)
                 load_shared(out, ["y0", "y1", "y2", "y3"], "shared + lane * 16", at)
-                names = [f"q{group}_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
+                names = [f"q{fragment}_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
                 inputs = [*(f"y{i}" for i in range(4)), "c0", "c1", "d0", "d1"]
                 out.ptx(_TURN, names, inputs, pure=True, name="TURN")
 

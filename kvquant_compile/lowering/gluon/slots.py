@@ -34,7 +34,7 @@ class KeySlotEmitter:
         return self.spec.layout.spec.key_slots
 
     def prologue(self, out: KernelWriter) -> None:
-        """Queries ``q{group}_{pairs}_..`` as [pair][head] (a, b), for all warps alike."""
+        """Queries of the fragments as [pair][head] (a, b), for all warps alike."""
         if not self._count:
             return
         text = (
@@ -45,10 +45,12 @@ class KeySlotEmitter:
         out("", f"scatter = shared + {self.memory.key_slots} + (g >> 1) * 4 + t * 32")
         for group in range(self.spec.groups):
             for pairs in range(self.spec.key_groups):
+                fragment = min(group, self.spec.fragments(pairs)[-1])
+                other = "derivative" if fragment == group else "1 - derivative"
                 for half in range(2):
                     at = self.memory.key_slot_bytes * group + 256 * pairs + 128 * half
-                    words = [f"q{group}_{pairs}_{member}{half}" for member in "ab"]
-                    inputs = [f"scatter + {at}", *words, "derivative"]
+                    words = [f"q{fragment}_{pairs}_{member}{half}" for member in "ab"]
+                    inputs = [f"scatter + {at}", *words, other]
                     out.ptx(text, ["_"], inputs, name="KEEP_QUERY")
 
     def add(self, out: KernelWriter, chunk: int) -> None:

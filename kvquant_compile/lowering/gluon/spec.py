@@ -67,6 +67,12 @@ class GluonSpec:
         """Query columns of a program."""
         return COLUMN_GROUP * self.groups
 
+    def fragments(self, pairs: int) -> range:
+        """Query fragments of a group of sixteen pairs: one for each group of columns, or one for
+        all where no derivatives need columns (see :mod:`.queries`)."""
+        linear = self.rotates and pairs >= self.explicit
+        return range(self.groups if linear else 1)
+
     @property
     def zero_fragments(self) -> bool:
         """Whether zeros of rotated keys enter by their own product: under a token scale."""
