@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,13 @@ from kvquant_compile.evaluate.needle import needle_cases, needle_score
 from kvquant_compile.evaluate.points import BF16, ORIGINAL, SIMULATED, Point
 from kvquant_compile.evaluate.results import Results
 from kvquant_compile.evaluate.run import Prepared, prepare
-from kvquant_compile.evaluate.score import Logits, Score, compare
+from kvquant_compile.evaluate.score import Logits, compare, summary
 from kvquant_compile.evaluate.table import Row, mean_bits, original_logits, program_logits
 from kvquant_compile.evaluate.text import text_windows
 from kvquant_compile.progress import Progress
 from kvquant_compile.runtime.program import Program
 
+ORIGINAL_POINT = Point(ORIGINAL)
 Size = Callable[[], tuple[float, int | None]]
 """Effective bits and bytes of the cache after a pass."""
 
@@ -120,7 +122,7 @@ class Lab:
 
     def scores(self, points: Sequence[Point]) -> list[Row]:
         """Perplexity and divergence on the text, the original first."""
-        every = [Point(ORIGINAL), *points]
+        every = [ORIGINAL_POINT, *points]
         if any(len(self._scored(point)) < len(self.windows) for point in every):
             self._score(every)
         return [self._row(point) for point in every]
@@ -203,23 +205,18 @@ class Lab:
     def _row(self, point: Point) -> Row:
         value = self.results.get(self.identity("score", point))
         count = len(self.windows)
-        mean = _mean(value["windows"][:count])
-        base = _mean(self._scored(Point(ORIGINAL))[:count])
-        perplexity = float(torch.tensor(mean["loss"], dtype=torch.float64).exp())
-        loss = 100 * float(torch.tensor(mean["loss"] - base["loss"]).expm1())
-        tokens = count * (self.window - 1)
-        return Row(
-            point.name,
-            point.nominal,
-            value["effective_bits"],
-            value["cache_bytes"],
-            Score(perplexity, mean["kl"], mean["top1"], count, tokens),
-            loss,
+        found, base = (
+            _stacked(w[:count]) for w in (value["windows"], self._scored(ORIGINAL_POINT))
         )
+        result = summary(found, base, count * (self.window - 1))
+        loss = 100 * math.expm1(float((found - base)[:, 0].mean()))
+        size = value["effective_bits"], value["cache_bytes"]
+        return Row(point.name, point.nominal, *size, result, loss)
 
 
-def _mean(windows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(w[name] for w in windows) / len(windows) for name in ("loss", "kl", "top1")}
+def _stacked(windows: Sequence[dict[str, float]]) -> Tensor:
+    """float64 [W, 3], as ``compare`` gives a window."""
+    return torch.tensor([[w["loss"], w["kl"], w["top1"]] for w in windows], dtype=torch.float64)
 
 
 def _digest(text: str) -> str:

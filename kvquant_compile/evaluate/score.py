@@ -7,6 +7,7 @@ same with a sabotaged cache would have measured nothing; the tests sabotage it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ class Score:
         kl: mean over tokens of KL(original || codec), nats; 0 for the original.
         top1: share of tokens whose most likely successor is the original's.
         windows, tokens: how much was scored.
+        kl_error: standard error of ``kl`` over windows; None for a single window.
+        loss_error: standard error, in nats, of the mean loss's difference from the original's on
+            the same windows: most of what makes windows unlike is in both.
     """
 
     perplexity: float
@@ -36,6 +40,8 @@ class Score:
     top1: float
     windows: int
     tokens: int
+    kl_error: float | None = None
+    loss_error: float | None = None
 
 
 @contextlib.contextmanager
@@ -71,16 +77,34 @@ def score(
     Returns:
         name -> score; the reference's own under ``"original"``.
     """
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("original", *candidates)}
+    found: dict[str, list[Tensor]] = {name: [] for name in ("original", *candidates)}
     with torch.inference_mode():
         for ids in track(windows):
             base = reference(ids)[0, :-1]
             targets = ids[0, 1:].to(base.device)
-            sums["original"] += compare(base, base, targets)
+            found["original"].append(compare(base, base, targets))
             for name, logits in candidates.items():
-                sums[name] += compare(base, logits(ids)[0, :-1], targets)
+                found[name].append(compare(base, logits(ids)[0, :-1], targets))
     tokens = sum(ids.shape[1] - 1 for ids in windows)
-    return {name: _mean(total, len(windows), tokens) for name, total in sums.items()}
+    stacked = {name: torch.stack(parts) for name, parts in found.items()}
+    return {name: summary(rows, stacked["original"], tokens) for name, rows in stacked.items()}
+
+
+def summary(windows: Tensor, original: Tensor, tokens: int) -> Score:
+    """Means and standard errors of what :func:`compare` gave.
+
+    Args:
+        windows: float64 [W, 3], a codec's windows.
+        original: float64 [W, 3], the original's, the same windows.
+        tokens: scored in all of them.
+    """
+    loss, kl, top1 = windows.mean(0).tolist()
+    errors = _standard_error(windows[:, 1]), _standard_error(windows[:, 0] - original[:, 0])
+    return Score(math.exp(loss), kl, top1, len(windows), tokens, *errors)
+
+
+def _standard_error(x: Tensor) -> float | None:
+    return float(x.std() / len(x) ** 0.5) if len(x) > 1 else None
 
 
 def compare(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
@@ -104,8 +128,3 @@ def mean_kl(base: Tensor, other: Tensor) -> float:
         p, q = base[rows].float().log_softmax(-1), other[rows].float().log_softmax(-1)
         total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
     return total / base.shape[0]
-
-
-def _mean(total: Tensor, windows: int, tokens: int) -> Score:
-    loss, kl, top1 = (float(x) / windows for x in total)
-    return Score(float(torch.tensor(loss).exp()), kl, top1, windows, tokens)

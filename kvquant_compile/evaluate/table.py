@@ -42,6 +42,12 @@ class Row:
     score: Score
     loss_percent: float
 
+    @property
+    def loss_error(self) -> float | None:
+        """Standard error of ``loss_percent``; None for a single window."""
+        error = self.score.loss_error
+        return None if error is None else (100 + self.loss_percent) * error
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
@@ -148,7 +154,10 @@ def mean_bits(layers: Sequence[MatchedLayer], codec: FakeCodec, tokens: int) -> 
 
 def render(rows: Sequence[Row], title: str, best: Collection[str] = ()) -> Table:
     """A terminal table; rows named in ``best`` are marked as such."""
-    caption = "* nothing here has fewer bits and less divergence" if best else None
+    notes = ["± standard errors over windows, of the loss of its paired difference"]
+    if best:
+        notes.insert(0, "* nothing here has fewer bits and less divergence")
+    caption = "\n".join(notes)
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in ("codec", "eff. bits", "perplexity", "loss", "KL (nats)", "top-1"):
         table.add_column(name, justify="left" if name == "codec" else "right")
@@ -158,8 +167,12 @@ def render(rows: Sequence[Row], title: str, best: Collection[str] = ()) -> Table
             f"{row.name} *" if row.name in best else row.name,
             f"{row.effective_bits:.3f}",
             f"{s.perplexity:.4f}",
-            f"{row.loss_percent:+.2f} %",
-            f"{s.kl:.5f}",
+            f"{row.loss_percent:+.2f}{_plus_minus(row.loss_error, 2)} %",
+            f"{s.kl:.5f}{_plus_minus(s.kl_error, 5)}",
             f"{100 * s.top1:.1f} %",
         )
     return table
+
+
+def _plus_minus(error: float | None, digits: int) -> str:
+    return "" if error is None else f" ± {error:.{digits}f}"

@@ -65,6 +65,8 @@ def test_scores_are_those_of_the_table(shared: Lab) -> None:
         assert got.score.perplexity == pytest.approx(want.score.perplexity, rel=1e-6)
         assert got.score.kl == pytest.approx(want.score.kl, rel=1e-5, abs=1e-9)
         assert got.loss_percent == pytest.approx(want.loss_percent, rel=1e-4, abs=1e-9)
+        assert got.score.kl_error == pytest.approx(want.score.kl_error, rel=1e-5, abs=1e-9)
+        assert got.loss_error == pytest.approx(want.loss_error, rel=1e-5, abs=1e-9)
         assert got.effective_bits == want.effective_bits
         assert got.cache_bytes == want.cache_bytes
     assert rows[2].score.kl > rows[3].score.kl > rows[4].score.kl > 0

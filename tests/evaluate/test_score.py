@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, fx
 
 from kvquant_compile.calib.calibrate import CalibrationOptions
@@ -21,8 +24,14 @@ from kvquant_compile.evaluate import run, selftest
 from kvquant_compile.evaluate.baselines import Fp8, KVQuantReleased, RoundTrip
 from kvquant_compile.evaluate.fake import FakeCodec, fake_logits
 from kvquant_compile.evaluate.run import Prepared, build, prepare
-from kvquant_compile.evaluate.score import score
-from kvquant_compile.evaluate.table import baseline_codecs, evaluate_table, program_logits, render
+from kvquant_compile.evaluate.score import score, summary
+from kvquant_compile.evaluate.table import (
+    Row,
+    baseline_codecs,
+    evaluate_table,
+    program_logits,
+    render,
+)
 from kvquant_compile.lowering import ops
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.progress import Progress
@@ -101,6 +110,27 @@ def test_every_sabotage_changes_every_score(llama: Prepared, bits: int) -> None:
     for name in SABOTAGES:
         assert abs(scores[name].perplexity / scores["honest"].perplexity - 1) > 1e-3, name
         assert abs(scores[name].kl - scores["honest"].kl) > 1e-3, name
+
+
+def test_standard_errors_are_of_paired_windows() -> None:
+    """What makes one window harder than another is in the original's loss too, and cancels."""
+    original = torch.tensor([[2.0, 0, 1], [6.0, 0, 1], [4.0, 0, 1]], dtype=torch.float64)
+    codec = original + torch.tensor([[0.1, 0.2, 0], [0.1, 0.4, 0], [0.4, 0.3, 0]])
+    found = summary(codec, original, 30)
+    assert found.loss_error == pytest.approx(0.1)  # deviation of 0.1, 0.1, 0.4 over sqrt(3)
+    assert found.kl_error == pytest.approx(0.1 / 3**0.5)
+    row = Row("codec", 3, 3.4, None, found, 20.0)
+    assert row.loss_error == pytest.approx(12.0)  # percent of a perplexity that is 1.2 times it
+    assert "+20.00 ± 12.00 %" in text_of(render([row], "table"))
+    single = Row("codec", 3, 3.4, None, summary(codec[:1], original[:1], 10), 20.0)
+    assert single.loss_error is None
+    assert "+20.00 %" in text_of(render([single], "table"))
+
+
+def text_of(table: Table) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 def test_lossless_storage_scores_as_the_original(llama: Prepared) -> None:
