@@ -12,7 +12,7 @@ from kvquant_compile.capture.source_lines import source_line
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.spec import PAGE_TOKENS
-from kvquant_compile.lowering.triton.dispatch import kernel_name, refusal
+from kvquant_compile.lowering.choice import kernel_name, refusal
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import LayerPlan
 

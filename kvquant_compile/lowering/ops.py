@@ -25,6 +25,7 @@ from torch import Tensor
 from kvquant_compile.errors import OptionError
 from kvquant_compile.lowering import append as _append
 from kvquant_compile.lowering import attend as _attend
+from kvquant_compile.lowering.cpp import dispatch as _cpp
 from kvquant_compile.lowering.triton import dispatch as _dispatch
 
 _LIBRARY = torch.library.Library("kvquant", "DEF")
@@ -81,8 +82,10 @@ def _attend_impl(
 ) -> tuple[Tensor, Tensor]:
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
     site = _attend.Site(scale, softcap, window, sink_logits, slopes, chunk)
-    kernels = slopes is None and not chunk and _dispatch.use_kernels(query, format)
-    run = _dispatch.attend if kernels else _attend.attend
+    plain = slopes is None and not chunk
+    run = (_cpp.implementation(query, format) if plain else None) or _attend.attend
+    if plain and _dispatch.use_kernels(query, format):
+        run = _dispatch.attend
     with _precise(query):
         return run(query, key, value, slots, history, cache, site, exact_chunk)
 
