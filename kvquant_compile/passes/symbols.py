@@ -63,7 +63,9 @@ class Pool:
     def map(self, name: str, rule: Callable[[Scalar], Scalar], x: Symbolic) -> Symbolic:
         """Apply a scalar rule to every element."""
         entries, where = torch.unique(x.index, return_inverse=True)
-        results = torch.tensor([self._cached(name, rule, e) for e in entries.tolist()])
+        results = torch.tensor(
+            [self._cached(name, rule, e) for e in entries.tolist()], dtype=torch.long
+        )
         return Symbolic(results[where].reshape(x.index.shape))
 
     def combine(
@@ -74,7 +76,9 @@ class Pool:
         pairs, where = torch.unique(
             torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1, return_inverse=True
         )
-        results = torch.tensor([self._cached(name, rule, *p) for p in pairs.t().tolist()])
+        results = torch.tensor(
+            [self._cached(name, rule, *p) for p in pairs.t().tolist()], dtype=torch.long
+        )
         return Symbolic(results[where].reshape(a.shape))
 
     def _cached(self, name: str, rule: Callable[..., Scalar], *entries: int) -> int:

@@ -18,6 +18,7 @@ from tests.mutation.originals import Original, originals
 from tests.mutation.verdict import (
     BEFORE,
     BEHIND,
+    CRASH,
     FALSE,
     REFUSED,
     VERDICTS,
@@ -29,7 +30,7 @@ from tests.mutation.verdict import (
 )
 
 # What reaches the compiler and is different from its original.
-LIVE = (BEFORE, BEHIND, REFUSED, FALSE)
+LIVE = (BEFORE, BEHIND, REFUSED, FALSE, CRASH)
 
 
 def sample(original: Original, count: int) -> list[Mutant]:
@@ -57,6 +58,7 @@ def record(outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "mutants": len(live),
         "false_acceptances": sum(outcome.verdict == FALSE for outcome in live),
+        "crashes": sum(outcome.verdict == CRASH for outcome in live),
         "originals": {name: _counts(group) for name, group in outcomes.items()},
         "edits": {k: _counts([o for o in live if o.mutant.edit.kind == k]) for k in kinds},
         "outcomes": [[str(o.mutant), o.verdict, " ".join(o.reason.split())[:200]] for o in live],

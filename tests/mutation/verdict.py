@@ -24,8 +24,10 @@ from tests.zoo import tokens
 
 # In the order of a report.
 BEFORE, BEHIND, REFUSED = "rewritten, proved", "rewritten behind RoPE", "refused"
-STILLBORN, SAME, FALSE = "does not run", "changes nothing", "FALSELY ACCEPTED"
-VERDICTS = (BEFORE, BEHIND, REFUSED, STILLBORN, SAME, FALSE)
+STILLBORN, SAME = "does not run", "changes nothing"
+FALSE, CRASH = "FALSELY ACCEPTED", "CRASHED"
+WRONG = (FALSE, CRASH)
+VERDICTS = (BEFORE, BEHIND, REFUSED, STILLBORN, SAME, *WRONG)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,10 @@ def judge(mutant: Mutant, model: nn.Module, unchanged: Tensor) -> Outcome:
             return Outcome(mutant, STILLBORN, "another shape")
         if torch.allclose(now, unchanged, rtol=1e-6, atol=1e-6):
             return Outcome(mutant, SAME)
-        return _compiled(mutant, model)
+        try:
+            return _compiled(mutant, model)
+        except Exception as error:  # no error of the library: what it did not foresee
+            return Outcome(mutant, CRASH, f"{type(error).__name__}: {error}")
 
 
 def outputs(original: Original, model: nn.Module) -> Tensor:
