@@ -96,8 +96,9 @@ class LayerPlan:
         certificate: JSON-able evidence of the proof (method, pairing, points, residual,
             source lines, versions).
         refusal: why pre-RoPE storage was refused; empty when it was not.
-        latent: channels that key and value share (latent attention): the original caches them
-            once, these pages hold them as key and as value.
+        latent: channels of a head that these pages hold twice and the original caches once: what
+            key and value share (latent attention), or values that several key heads are read
+            with (differential attention).
         kept: the proved rotation that keys are stored behind, because their format asks for it;
             ``rope`` is None then.
     """

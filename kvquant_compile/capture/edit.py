@@ -20,6 +20,12 @@ def add_call(graph: fx.Graph, after: fx.Node, op: Any, args: tuple[Any, ...], va
     return node
 
 
+def add_op(graph: fx.Graph, after: fx.Node, op: Any, args: tuple[Any, ...]) -> fx.Node:
+    """Insert a call after a node; its fake value comes from running it on its inputs' fakes."""
+    fakes = fx.node.map_arg(args, lambda n: n.meta["val"])
+    return add_call(graph, after, op, args, op(*fakes))
+
+
 def add_transpose(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``node.transpose(1, 2)``, right after it."""
     op = torch.ops.aten.transpose.int

@@ -9,11 +9,11 @@ _VIEWS = """view reshape _unsafe_view transpose permute slice select unsqueeze s
     detach split split_with_sizes chunk unbind flatten unflatten narrow movedim swapaxes swapdims t
     view_as expand_as reshape_as diagonal tensor_split"""
 _COPIES = "clone contiguous roll repeat repeat_interleave flip index_select lift_fresh_copy"
-_JOINS = "cat stack hstack concat concatenate"
-MOVES = frozenset(f"{_VIEWS} {_COPIES} {_JOINS}".split())
+JOINS = frozenset(("cat", "stack", "hstack", "concat", "concatenate"))
+MOVES = frozenset(f"{_VIEWS} {_COPIES}".split()) | JOINS
 CASTS = frozenset(("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"))
 # What carries one tensor along.
-CARRIES = (MOVES | CASTS) - frozenset(_JOINS.split())
+CARRIES = (MOVES | CASTS) - JOINS
 
 
 def op_name(node: fx.Node) -> str:

@@ -17,16 +17,23 @@ import torch
 from torch import Tensor, fx
 
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.capture.edit import add_call, add_transpose, later, sort_topologically
+from kvquant_compile.capture.edit import (
+    add_call,
+    add_op,
+    add_transpose,
+    later,
+    sort_topologically,
+)
 from kvquant_compile.capture.markers import APPEND, ATTEND
 from kvquant_compile.capture.ops import op_name
 from kvquant_compile.capture.run import Evaluator, widened
 from kvquant_compile.capture.stand_ins import input_values
 from kvquant_compile.errors import UnsupportedLayerError
+from kvquant_compile.passes.head_maps import NoHeadMap, move_heads
 from kvquant_compile.passes.taint import Taint, rotation_site, taint
 
 _TOLERANCE = 1e-5
-# In the meta of an append: channels that its key and its value share.
+# In the meta of an append: channels of a head that its key and value hold twice.
 LATENT = "kvquant_latent"
 _NAME = "kvquant_absorbed_{}_{}"
 aten = torch.ops.aten
@@ -56,19 +63,29 @@ class _Expansion:
 
 
 def absorb(captured: Captured) -> None:
-    """Move linear expansions of cached latents to queries and outputs, in every layer.
+    """Move linear expansions of cached latents, and copies of cached heads, to queries and
+    outputs, in every layer.
 
     Raises:
         UnsupportedLayerError: keys or values are computed from the cached ones in another way.
     """
     gm = captured.graph_module
-    changed = False
+    readers_of: dict[fx.Node, list[fx.Node]] = {}
     for attend in gm.graph.find_nodes(op="call_function", target=ATTEND):
-        if not _is_direct(attend):
-            known = taint(gm.graph, *captured.data_inputs)
-            _absorb(gm, known, _expansion(gm, attend))
-            changed = True
-    if changed:
+        readers_of.setdefault(_append_before(attend), []).append(attend)
+    indirect = {a: r for a, r in readers_of.items() if not all(map(_is_direct, r))}
+    for append, readers in indirect.items():
+        if append.meta["val"][0].shape[1] == 1:
+            for reader in readers:
+                known = taint(gm.graph, *captured.data_inputs)
+                _absorb(gm, known, _expansion(gm, reader))
+            continue
+        try:
+            whole = move_heads(gm, append, readers)
+        except NoHeadMap as reason:
+            raise _refused(readers[0], f"several heads are cached: {reason}") from reason
+        whole.meta[LATENT] = _width(whole.args[1]) - _width(append.args[1])
+    if indirect:
         gm.graph.eliminate_dead_code()
         sort_topologically(gm.graph)
         gm.graph.lint()
@@ -96,8 +113,6 @@ def _expansion(gm: fx.GraphModule, attend: fx.Node) -> _Expansion:
     if set(parts) != {0, 1}:
         raise _refused(attend, "one of the two cached tensors is not read")
     latent, rotated = parts[0], parts[1]
-    if any(part.meta["val"].shape[1] != 1 for part in (latent, rotated)):
-        raise _refused(attend, "several heads are cached")
     rank, width = (int(part.meta["val"].shape[3]) for part in (latent, rotated))
     function = _Expand(gm, attend, latent, rotated)
     key, value = function(torch.eye(rank + width, dtype=function.dtype, device=function.device))
@@ -164,7 +179,7 @@ def _absorb(gm: fx.GraphModule, known: Taint, site: _Expansion) -> None:
     )  # fmt: skip
     heads = add_transpose(graph, inner)
     values = _constant(gm, site, "value", site.value[:, : site.rank])
-    out = _call(graph, heads, aten.matmul.default, (heads, values))
+    out = add_op(graph, heads, aten.matmul.default, (heads, values))
     result = add_transpose(graph, out)
     attend.replace_all_uses_with(result)
     graph.erase_node(attend)
@@ -176,12 +191,12 @@ def _query(gm: fx.GraphModule, known: Taint, site: _Expansion) -> fx.Node:
     assert isinstance(query, fx.Node)
     if not rotation_site(query, known).mixed:
         matrix = _constant(gm, site, "key", site.key.transpose(1, 2))
-        return _call(graph, query, aten.matmul.default, (query, matrix))
+        return add_op(graph, query, aten.matmul.default, (query, matrix))
     still, turning, channels = _parts(site, query)
     if bool(site.key[:, rank:, channels].any()):
         raise _refused(site.attend, "its un-rotated key part depends on the rotated one")
     matrix = _constant(gm, site, "key", site.key[:, :rank, channels].transpose(1, 2))
-    absorbed = _call(graph, still, aten.matmul.default, (still, matrix))
+    absorbed = add_op(graph, still, aten.matmul.default, (still, matrix))
     return _joined(graph, known, absorbed, turning, site.attend)
 
 
@@ -212,24 +227,18 @@ def _joined(
     if before is None or before.meta["val"].ndim != 4 or _width(before) != _width(turned):
         raise _refused(attend, "positions are not mixed into one tensor [B, heads, S, width]")
     rank = _width(still)
-    whole = _call(graph, later(graph, still, before), aten.cat.default, ([still, before], -1))
+    whole = add_op(graph, later(graph, still, before), aten.cat.default, ([still, before], -1))
     if before is turned:
         return whole
-    top = _call(graph, whole, aten.slice.Tensor, (whole, 3, 0, rank))
-    rest = _call(graph, whole, aten.slice.Tensor, (whole, 3, rank, rank + _width(before)))
+    top = add_op(graph, whole, aten.slice.Tensor, (whole, 3, 0, rank))
+    rest = add_op(graph, whole, aten.slice.Tensor, (whole, 3, rank, rank + _width(before)))
     before.replace_all_uses_with(rest, delete_user_cb=lambda user: user is not whole)
     sort_topologically(graph)
-    return _call(graph, later(graph, top, turned), aten.cat.default, ([top, turned], -1))
+    return add_op(graph, later(graph, top, turned), aten.cat.default, ([top, turned], -1))
 
 
-def _width(node: fx.Node) -> int:
+def _width(node: Any) -> int:
     return int(node.meta["val"].shape[3])
-
-
-def _call(graph: fx.Graph, after: fx.Node, op: Any, args: tuple[Any, ...]) -> fx.Node:
-    """Insert a call after a node; its fake value comes from running it on its inputs' fakes."""
-    fakes = fx.node.map_arg(args, lambda n: n.meta["val"])
-    return add_call(graph, after, op, args, op(*fakes))
 
 
 def _constant(gm: fx.GraphModule, site: _Expansion, name: str, matrix: Tensor) -> fx.Node:

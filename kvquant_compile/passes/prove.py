@@ -78,7 +78,10 @@ class Prover:
 
     def prove_query(self, end: fx.Node) -> Proof:
         """As :meth:`prove`, for a query: a factor of every token of its own is part of the score
-        (ministral3 and llama4 scale queries by the logarithm of their position)."""
+        (ministral3 and llama4 scale queries by the logarithm of their position), and the order of
+        heads does not matter (:mod:`.head_maps`)."""
+        if end.target is torch.ops.aten.index_select.default and end.args[1] == 1:
+            (end, _) = end.all_input_nodes
         return self.prove(without_token_factor(end, self.known))
 
     def _prove(self, pre: fx.Node, layout: str, end: fx.Node) -> Proof:

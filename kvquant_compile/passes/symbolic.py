@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from kvquant_compile.capture.ops import CASTS, MOVES, op_name
+from kvquant_compile.capture.ops import CASTS, JOINS, MOVES, op_name
 from kvquant_compile.capture.run import attribute
 from kvquant_compile.passes.symbols import (
     NotInterpretable,
@@ -124,7 +124,8 @@ class Interpreter:
             if isinstance(value, (list, tuple)):
                 return type(value)(index(v) for v in value)
             # Joined with symbols, numbers become symbols too; indices stay what they are.
-            return self.pool.lift(value).index if isinstance(value, Tensor) else value
+            joins = isinstance(value, Tensor) and op_name(node) in JOINS
+            return self.pool.lift(value).index if joins else value
 
         assert callable(node.target)
         moved = node.target(*index(args), **kwargs)

@@ -22,6 +22,9 @@ _BARRIERS = (
     "aten.conv", "aten.embedding", "aten.baddbmm", "aten.scaled_dot", "aten._grouped_mm",
     "kvquant_capture.",
 )  # fmt: skip
+# What these give depends on sizes and on nothing else.
+_FILLS = frozenset(("zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty",
+                    "zeros_like", "ones_like"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def taint(graph: fx.Graph, *data_inputs: fx.Node) -> Taint:
     reached = set(graph.find_nodes(op="placeholder"))
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if any(i in reached for i in inputs):
+        if any(i in reached for i in inputs) and op_name(node) not in _FILLS:
             reached.add(node)
         if carries_tensor(node) and any(i in data for i in inputs):
             data.add(node)
