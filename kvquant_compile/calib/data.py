@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.capture.run import Store, run_marked
 from kvquant_compile.errors import CalibrationError
 
 
@@ -136,19 +137,24 @@ def _first_tokens(captured: Captured, count: int, vocabulary: int) -> Tensor:
 
 
 def _sample(captured: Captured, ids: Tensor, tokens: int) -> Tensor:
-    """Extend ids [B, 1] to [B, tokens] by sampling."""
+    """Extend ids [B, 1] to [B, tokens] by sampling; hand-written decoders through their graph."""
     model: Any = captured.model
     past: Any = None
-    if captured.convention == "transformers":
+    if captured.decoder is None:
         from transformers import DynamicCache
 
         past = DynamicCache(config=model.config.get_text_config(decoder=True))
+    else:
+        with captured.decoder.undisturbed():
+            tokens = captured.decoder.longest(tokens)
+    store: Store = {}
     step = ids
     while ids.shape[1] < tokens:
-        if captured.convention == "transformers":
+        if captured.decoder is None:
             logits = model(input_ids=step, past_key_values=past, use_cache=True).logits
         else:
-            logits, past = model(step, past)
+            cached = ids.shape[1] - step.shape[1]
+            logits = run_marked(captured.graph_module, store, step, cached)
         chances = torch.softmax(logits[:, -1].float(), -1)
         step = torch.multinomial(chances, 1)
         ids = torch.cat([ids, step], 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from kvquant_compile.capture.site_meaning import Meaning, understand
 from kvquant_compile.errors import UnsupportedLayerError
 
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
+# Between scores and weights there is no projection: behind one, another attention begins.
+_PROJECTIONS = ("linear", "addmm", "mm")
 # Names of the buffers that hold the slopes of position biases.
 _SLOPES = "kvquant_slopes_"
 
@@ -37,13 +39,10 @@ def mark_attention(gm: fx.GraphModule) -> list[Meaning]:
     Raises:
         UnsupportedLayerError: no attention reads a cache, or one of unknown meaning does.
     """
-    graph = gm.graph
-    inputs = _inputs(graph)
-    masks: dict[int, fx.Node] = {}
-    meanings = []
-    for append in graph.find_nodes(op="call_function", target=APPEND):
-        sites = list(_sites(graph, append))
-        if not sites:
+    sites: list[Site] = []
+    for append in gm.graph.find_nodes(op="call_function", target=APPEND):
+        found = list(_sites(gm.graph, append))
+        if not found:
             raise UnsupportedLayerError(
                 "a cache layer cannot be captured",
                 where=f"layer {append.args[2]}",
@@ -51,12 +50,26 @@ def mark_attention(gm: fx.GraphModule) -> list[Meaning]:
                 " and values",
                 do="Use one of the two spellings, with four-dimensional queries.",
             )
-        for site in sites:
-            meaning = understand(gm, site)
-            meanings.append(meaning)
-            if meaning.window not in masks:
-                masks[meaning.window] = _mask(graph, inputs, meaning)
-            _replace(gm, site, meaning, masks[meaning.window])
+        sites += found
+    return mark_sites(gm, sites)
+
+
+def mark_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[Meaning]:
+    """Replace the given attention sites by mask and attend markers; returns their meanings.
+
+    Raises:
+        UnsupportedLayerError: one has an unknown meaning.
+    """
+    graph = gm.graph
+    inputs = _inputs(graph)
+    masks: dict[int, fx.Node] = {}
+    meanings = []
+    for site in sites:
+        meaning = understand(gm, site)
+        meanings.append(meaning)
+        if meaning.window not in masks:
+            masks[meaning.window] = _mask(graph, inputs, meaning)
+        _replace(gm, site, meaning, masks[meaning.window])
     graph.eliminate_dead_code()
     sort_topologically(graph)
     graph.lint()
@@ -76,17 +89,32 @@ def _inputs(graph: fx.Graph) -> _Inputs:
 def _sites(graph: fx.Graph, append: fx.Node) -> Iterator[Site]:
     key, value = sorted(append.users, key=lambda node: int(node.args[1]))  # type: ignore[arg-type]
     layer = int(append.args[2])  # type: ignore[arg-type]
+    for out, query, *read in attention_cuts(graph, {key, value}):
+        if read == [key, value]:
+            yield Site(layer, out, query, key, value)
+
+
+def attention_cuts(
+    graph: fx.Graph, caches: Container[fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node, fx.Node, fx.Node]]:
+    """Attentions whose keys and values are views of the nodes ``caches``.
+
+    Yields:
+        (output, query, the cache node of the keys, that of the values).
+    """
     for node in graph.nodes:
         name = op_name(node) if node.op == "call_function" else ""
         if name == "scaled_dot_product_attention":
             query, attended, read = node.args[:3]
-            if origin(attended) is key and origin(read) is value:
-                yield Site(layer, node, query, key, value)
+            key, value = origin(attended), origin(read)
+            if key in caches and value in caches:
+                yield node, query, key, value
         elif name in _PRODUCTS:
             weights, read = _operands(node)
-            query = _query(weights, key) if origin(read) is value else None
-            if query is not None:
-                yield Site(layer, _heads_after(node), _heads_before(query), key, value)
+            value = origin(read)
+            found = _query(weights, caches) if value in caches else None
+            if found is not None:
+                yield _heads_after(node), _heads_before(found[0]), found[1], value
 
 
 def _heads_before(node: fx.Node) -> fx.Node:
@@ -117,16 +145,18 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return first, second  # type: ignore[return-value]
 
 
-def _query(weights: fx.Node, key: fx.Node) -> fx.Node | None:
-    """The other operand of the product with the keys that the weights come from."""
+def _query(weights: fx.Node, caches: Container[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """The product with cached keys that the weights come from: its other operand, and the keys."""
     pending, seen = [weights], {weights}
     while pending:
         node = pending.pop(0)
         if node.op == "call_function" and op_name(node) in _PRODUCTS:
             a, b = _operands(node)
             for query, other in ((a, b), (b, a)):
-                if origin(other) is key:
-                    return query
+                key = origin(other)
+                if key in caches:
+                    return query, key
+        if node.op == "call_function" and op_name(node) in (*_PRODUCTS, *_PROJECTIONS):
             continue
         pending += [i for i in node.all_input_nodes if i not in seen]
         seen.update(node.all_input_nodes)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from kvquant_compile.capture.decoder import Decoder
 from kvquant_compile.capture.embedding import PER_LAYER
 
 Convention = Literal["transformers", "functional"]
@@ -46,7 +47,7 @@ class Captured:
         backbone: the module whose forward the graph computes.
         device, dtype: of the model's floating-point parameters; baked into the graph.
         mask_optional: whether None may be given as ``attention_mask``.
-        cache_layout: functional convention only.
+        cache_layout, decoder: of hand-written decoders only.
         evidence: JSON-able record of the audit and of the numeric self-check.
     """
 
@@ -58,6 +59,7 @@ class Captured:
     dtype: torch.dtype
     mask_optional: bool = True
     cache_layout: CacheLayout | None = None
+    decoder: Decoder | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
     @property

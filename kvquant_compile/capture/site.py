@@ -22,6 +22,15 @@ class Site:
     key: fx.Node
     value: fx.Node
 
+    def feed(self, k: Tensor, v: Tensor, past: int) -> dict[fx.Node, Tensor]:
+        """Values of the nodes that bring in keys and values [B, Hkv, T, D], ``past`` cached."""
+        return {self.key: k, self.value: v}
+
+    @property
+    def room(self) -> int:
+        """Keys that can be put in; 0 for any number."""
+        return 0
+
     @property
     def query_layout(self) -> str:
         """``bhsd`` or ``bshd``."""
@@ -71,8 +80,7 @@ class SiteFunction:
         values = {
             **input_values(self.gm, k.shape[2] - tokens, tokens, q.shape[0]),
             self.site.query: query,
-            self.site.key: k,
-            self.site.value: v,
+            **self.site.feed(k, v, k.shape[2] - tokens),
         }
         with torch.no_grad():
             out = Evaluator(self.gm, values, widen=True)(self.site.out)

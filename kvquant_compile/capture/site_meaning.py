@@ -66,7 +66,7 @@ def understand(gm: fx.GraphModule, site: Site) -> Meaning:
 
 def _farthest_count(function: SiteFunction) -> tuple[int, int]:
     """How many of how many keys the last query sees; fewer are tried where tables end."""
-    far = _FAR
+    far = min(_FAR, function.site.room or _FAR)
     while True:
         try:
             q, k, v = function.zeros(1, far - 1)

@@ -88,6 +88,7 @@ class Prover:
         heads, _, width = float_value(end).shape[1:]
         channels = [sympy.Symbol(f"x{c}", real=True) for c in range(width)]
         outputs = self._interpret(pre, layout, end, int(heads), channels)
+        self.interpreter.lookups.note_angles(outputs)
         fits, misfit = self.interpreter.lookups.fitted()
         outputs = [output.xreplace(fits) for output in outputs]
         rotation = rotation_of(parse_rows(outputs, channels, POSITION))

@@ -7,6 +7,7 @@ matched with ``a*cos(f*p)`` or ``a*sin(f*p)`` over the whole table.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ Column = np.ndarray
 _READS = ("slice", "select", "index", "embedding", "index_select", "narrow", "gather")
 # float32 angles n*f of a table with thousands of rows are off by about n * f * 2**-24.
 TABLE_TOLERANCE = 1e-3
+# Relative error of the angles of a table, a few float32 roundings.
+ANGLE_TOLERANCE = 1e-6
 
 
 class Lookups:
@@ -30,6 +33,7 @@ class Lookups:
         self.position = position
         self.columns: dict[Expr, Column] = {}
         self._symbols: dict[bytes, Expr] = {}
+        self._angles: set[Expr] = set()
         self._rounding = 0.0
 
     def is_lookup(self, name: str, args: Any) -> bool:
@@ -94,11 +98,17 @@ class Lookups:
             self.columns[symbol] = column
         return self._symbols[key]
 
+    def note_angles(self, outputs: Iterable[Expr]) -> None:
+        """Remember which columns are angles: those whose cosine or sine the graph takes itself."""
+        for output in outputs:
+            for wave in output.atoms(sympy.cos, sympy.sin):
+                self._angles |= wave.free_symbols & self.columns.keys()
+
     def fitted(self) -> tuple[dict[Expr, Expr], float]:
         """Every column as a function of the position, and the largest misfit.
 
         Raises:
-            NotInterpretable: a column is no constant and no cosine or sine of a pair.
+            NotInterpretable: a column is no constant, no cosine or sine of a pair, and no angle.
         """
         fits: dict[Expr, Expr] = {}
         cosines: dict[Expr, Column] = {}
@@ -107,6 +117,8 @@ class Lookups:
         for symbol, column in self.columns.items():
             if np.ptp(column) == 0:
                 fits[symbol] = sympy.Float(column[0], 17)
+            elif symbol in self._angles:
+                fits[symbol] = _rate(column) * self.position
             else:
                 (sines if abs(column[0]) < 1e-9 else cosines)[symbol] = column
         for place, (symbol, column) in enumerate(cosines.items()):
@@ -117,6 +129,19 @@ class Lookups:
         if len(fits) != len(self.columns) or worst > tolerance:
             raise NotInterpretable("a lookup table that is not the cosine and sine of an angle")
         return fits, worst
+
+
+def _rate(column: Column) -> Expr:
+    """The float32 frequency of a column of angles.
+
+    Raises:
+        NotInterpretable: it is no multiple of the position.
+    """
+    rate = np.float32(column[1])
+    angles = np.arange(len(column), dtype=np.float32) * rate
+    if not np.allclose(angles, column, rtol=ANGLE_TOLERANCE, atol=0):
+        raise NotInterpretable("a lookup table of angles that are no multiples of the position")
+    return sympy.Float(float(rate), 17)
 
 
 def _partner(

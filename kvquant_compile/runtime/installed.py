@@ -12,6 +12,7 @@ from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError
 from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import PREFILL_CHUNK
 from kvquant_compile.runtime.decode_graph import DecodeGraphs
 from kvquant_compile.runtime.program import Program
@@ -35,6 +36,7 @@ class Installed:
         warned: reasons already warned about.
         quiet: no warnings, while the library itself runs the original.
         before: instance attributes that the installed ones replace (a hook's own forward).
+        own_cache: the cache of a decoder that keeps its cache itself.
         decode: runs the program's steps.
     """
 
@@ -48,6 +50,7 @@ class Installed:
     warned: set[str] = field(default_factory=set)
     quiet: bool = False
     before: dict[str, Any] = field(default_factory=dict)
+    own_cache: QuantizedCache | None = None
     decode: DecodeGraphs = field(init=False)
 
     def __post_init__(self) -> None:

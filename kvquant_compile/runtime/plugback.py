@@ -22,6 +22,7 @@ from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import in_chunks
 from kvquant_compile.runtime.generation import prepare_cache, refuse_continuous_batching
 from kvquant_compile.runtime.given_mask import padding_of
+from kvquant_compile.runtime.handwritten import handwritten_forward, shelve, unshelve
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.program import Program
 
@@ -52,7 +53,8 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
         if hasattr(model, "init_continuous_batching"):
             network.init_continuous_batching = refuse_continuous_batching
     else:
-        backbone.forward = _functional_forward(backbone, state)
+        backbone.forward = handwritten_forward(backbone, state)
+        shelve(state)
     for module in (model, backbone):
         module.__dict__[ATTRIBUTE] = state
 
@@ -60,6 +62,7 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
 def uninstall(model: nn.Module) -> None:
     """Give the model its own behaviour back."""
     state = installed(model)
+    unshelve(state)
     for module, name in _replaced(state):
         module.__dict__.pop(name, None)
         if name in state.before:
@@ -211,31 +214,3 @@ def _check_placement(program: Program, hidden: Tensor) -> None:
             f"brings {hidden.dtype} on {hidden.device}",
             do="Call kvquant_compile.restore(model), move it, and optimize again.",
         )
-
-
-def _functional_forward(module: nn.Module, state: Installed) -> Callable[..., Any]:
-    """``forward(ids, past) -> (logits, past)`` where past is None or a QuantizedCache."""
-    original = module.forward
-
-    @functools.wraps(original)
-    def forward(ids: Tensor, past: Any = None) -> Any:
-        if module.training:
-            state.warn_once("the model is in training mode and runs unquantised")
-            return original(ids, past)
-        if past is not None and not isinstance(past, QuantizedCache) and len(past):
-            state.warn_once(
-                "a list of full-precision keys and values was passed, so this call runs the "
-                "original model; start from past=None to use the quantised cache"
-            )
-            return original(ids, past)
-        cache = past if isinstance(past, QuantizedCache) else state.program.new_cache()
-
-        def run(span: slice) -> Tensor:
-            part = ids[:, span]
-            positions = _positions(None, part.shape[0], part.shape[1], cache)
-            inputs = {"ids": part, "past": cache.columns}
-            return state.decode.run(inputs, cache, positions, None, not state.attend_quantized)
-
-        return in_chunks(run, ids.shape[1], state.prefill_chunk, cache), cache
-
-    return forward

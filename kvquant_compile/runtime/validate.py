@@ -5,6 +5,7 @@ It separates compiler bugs from quantisation error, and runs on every ``optimize
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,9 +48,11 @@ def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dic
         ValidationError: an error exceeds the dtype's tolerance.
     """
     program = lossless_program(captured, layers)
-    padded = [0, 3] if captured.convention == "transformers" else [0, 0]
+    decoder = captured.decoder
+    padded = [0, 3] if decoder is None else [0] * decoder.ids.shape[0]
     errors: dict[str, float] = {}
-    with torch.no_grad():
+    undisturbed = contextlib.nullcontext() if decoder is None else decoder.undisturbed()
+    with torch.no_grad(), undisturbed:
         for exact in (True, False):
             name = "exact chunk" if exact else "through pages"
             errors |= _compare(captured, program, padded, exact, name)
@@ -91,16 +94,24 @@ def _steps(
     """(ids, mask or None, positions, which are real, tokens before) of every step."""
     generator = torch.Generator().manual_seed(0)
     device, batch = captured.device, len(padding)
-    mask = torch.ones(batch, sum(STEPS), dtype=torch.int64, device=device)
+    lengths = _lengths(captured)
+    mask = torch.ones(batch, sum(lengths), dtype=torch.int64, device=device)
     for row, count in enumerate(padding):
         mask[row, :count] = 0
     places, done = (mask.cumsum(1) - 1).clamp(min=0), 0
-    for steps in STEPS:
+    for steps in lengths:
         ids = torch.randint(vocabulary(captured.model), (batch, steps), generator=generator)
         now = slice(done, done + steps)
         seen = mask[:, : now.stop] if any(padding) else None
         yield ids.to(device), seen, places[:, now], mask[:, now].bool(), done
         done += steps
+
+
+def _lengths(captured: Captured) -> tuple[int, ...]:
+    """Tokens of every step; fewer where a decoder has no room for all."""
+    if captured.decoder is None:
+        return STEPS
+    return *STEPS[:-1], captured.decoder.longest(sum(STEPS)) - sum(STEPS[:-1])
 
 
 def _rounding(captured: Captured, padding: list[int]) -> float:
@@ -140,9 +151,9 @@ def _original(
     prefill.
     """
     model: Any = captured.model
-    if captured.convention == "functional":
+    if captured.decoder is not None:
         everything = ids if past is None else torch.cat([past, ids], 1)
-        return model(everything, None)[0][:, -ids.shape[1] :], everything
+        return captured.decoder.prefill(everything)[:, -ids.shape[1] :], everything
     if past is None:
         from transformers import DynamicCache
 
