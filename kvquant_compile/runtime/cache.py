@@ -1,9 +1,9 @@
 """The quantised key-value cache, as transformers' ``Cache``.
 
 Tokens live in pages of 64, allocated as they come and reached through a block table; a page never
-moves. Every sequence of a batch is compact: padding is not stored, and a token's *slot* is its
-rank among the real tokens of its sequence. ``columns`` counts what transformers counts, padding
-included.
+moves, and sequences may share it (:mod:`kvquant_compile.runtime.paged`). Every sequence of a batch
+is compact: padding is not stored, and a token's *slot* is its rank among the real tokens of its
+sequence. ``columns`` counts what transformers counts, padding included.
 
 A step changes nothing that is visible until :meth:`QuantizedCache.commit`: it writes into slots
 at or above the sequence's length only, so a step that fails in the middle leaves the cache as it
@@ -16,6 +16,7 @@ A step without padding waits for the device once, to compare a mask, or without 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +27,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from kvquant_compile.codec.formats import Layout
-from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import CacheError
 from kvquant_compile.runtime.columns import Columns
 from kvquant_compile.runtime.identity import Identity
 from kvquant_compile.runtime.layer import QuantizedLayer
-
-# How far beyond the present a reserved cache allocates at once, in tokens of a sequence: a
-# generation that stops early wastes no more, and a long one grows about once in so many steps.
-AHEAD = 1024
+from kvquant_compile.runtime.paged import PagedStorage
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +75,7 @@ class QuantizedCache(Cache):
         super().__init__(layers=[QuantizedLayer(layout, self) for layout in layouts])
         self.dtype, self.device, self.most = dtype, device, most
         self.new_states, self.identity = states, identity
+        self.paged = PagedStorage(self.pages, dtype, device)
         self.reset()
 
     @property
@@ -87,15 +85,35 @@ class QuantizedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything and free the pages."""
-        for layer in self.pages:
-            layer.slabs, layer.sinks = [], torch.empty(0)
-        self.columns, self.batch, self.reserved = 0, 0, 0
+        self.paged.reset()
+        self.columns, self.reserved = 0, 0
         self.masks = Columns()
         self.states = self.new_states()
-        self.storage = object()
-        self.table = torch.empty(0, 0, dtype=torch.int32, device=self.device)
-        self.positions = torch.empty(0, 0, dtype=torch.int32, device=self.device)
-        self.lengths = torch.empty(0, dtype=torch.int32, device=self.device)
+
+    @property
+    def batch(self) -> int:
+        """Sequences; 0 before the first step."""
+        return self.paged.batch
+
+    @property
+    def table(self) -> Tensor:
+        """Page of every 64 tokens, int32 [B, n]."""
+        return self.paged.table
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of every stored token, int32 [B, 64 n]; negative where it is hidden."""
+        return self.paged.positions
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens stored, int32 [B]."""
+        return self.paged.lengths
+
+    @property
+    def storage(self) -> object:
+        """Another object whenever a tensor of the cache has another address."""
+        return self.paged.token
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached columns, padding included."""
@@ -107,21 +125,8 @@ class QuantizedCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Let the next allocation reach for ``tokens`` columns, of which ``generate`` knows that
-        they will come; :data:`AHEAD` of the step's at most, or a sixteenth more."""
+        they will come; see :mod:`kvquant_compile.runtime.paged` for how far at once."""
         self.reserved = tokens
-
-    def adopt(self, table: Tensor, positions: Tensor, lengths: Tensor, columns: int) -> None:
-        """Take over another cache's bookkeeping; the caller brings pages, sinks and masks.
-
-        Args:
-            table: int32 [B, n]; no page twice.
-            positions: int32 [B, 64 n].
-            lengths: int32 [B].
-            columns: cached ones, padding included.
-        """
-        self.batch, self.columns, self.storage = len(lengths), columns, object()
-        moved = (tensor.to(self.device, copy=True) for tensor in (table, positions, lengths))
-        self.table, self.positions, self.lengths = moved
 
     def begin(self, positions: Tensor, attention_mask: Tensor | None) -> Step:
         """Prepare a step: allocate its pages and decide where its tokens go.
@@ -154,7 +159,7 @@ class QuantizedCache(Cache):
             self._check_mask(attention_mask, batch, steps)
             mask = attention_mask.to(self.device)
             real = self.masks.read(mask, self.columns, self.positions)
-        self._grow(batch, self.columns + steps)
+        self.paged.prepare(self.columns + steps, self.reserved)
         return real
 
     @torch.inference_mode(False)
@@ -216,6 +221,7 @@ class QuantizedCache(Cache):
         dropped = self.masks.drop(self.columns, count)
         self.lengths.sub_(count if dropped is None else dropped)
         self.columns -= count
+        self.paged.unsettle()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i a copy of row ``beam_idx[i]`` (beam search)."""
@@ -232,23 +238,48 @@ class QuantizedCache(Cache):
         if self.batch == 0:
             return
         rows = torch.arange(self.batch, device=self.device)[indices.to(self.device)]
-        ids = self.table[rows].flatten().long()
-        for layer in self.pages:
-            layer.select(ids, rows)
+        fewer = rows.numel() < self.batch
+        self.paged.select(rows)
         self.masks.select(rows)
         for state in self.recurrent_layers():
             state.reorder_cache(rows)  # type: ignore[arg-type]
-        positions, lengths = self.positions[rows], self.lengths[rows]
-        width, batch = self.table.shape[1], rows.numel()
-        table = torch.arange(batch * width, dtype=torch.int32, device=self.device)
-        if batch != self.batch:
-            self.batch, self.storage = batch, object()
-            self.positions, self.lengths = positions, lengths
-            self.table = table.view(batch, width)
-            return
-        self.positions.copy_(positions)
-        self.lengths.copy_(lengths)
-        self.table.copy_(table.view(batch, width))
+        if fewer:
+            self.paged.compact()
+
+    @torch.inference_mode(False)
+    def fork(self, count: int = 1) -> QuantizedCache:
+        """A cache with every sequence ``count`` times, to be continued apart from this one.
+
+        Both share the pages that are full; what either adds goes to pages of its own
+        (copy-on-write), so that many continuations of one prompt hold it once. This cache may be
+        continued, cropped, reset or dropped as before.
+
+        Raises:
+            CacheError: ``count`` is no positive number.
+        """
+        if count < 1:
+            raise CacheError(
+                f"cannot fork a cache {count} times",
+                why="a cache without sequences holds nothing",
+                do="Pass the number of continuations, 1 or more.",
+            )
+        layouts = [layer.layout for layer in self.pages]
+        other = QuantizedCache(
+            layouts, self.dtype, self.device, self.most, self.new_states, self.identity
+        )
+        other.columns = self.columns
+        if self.batch:
+            rows = torch.arange(self.batch, device=self.device).repeat_interleave(count)
+            self.paged.lend(other.paged, rows)
+            other.masks = self.masks.copied(rows)
+            other.states = copy.deepcopy(self.states)
+            for state in other.recurrent_layers():
+                state.reorder_cache(rows)  # type: ignore[arg-type]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedCache:
+        """A fork: equal to a copy in all but memory."""
+        return self.fork()
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file, which :func:`kvquant_compile.load_cache` reads.
@@ -290,9 +321,7 @@ class QuantizedCache(Cache):
         return self._paged_bytes() + sum(t.nbytes for t in kept if t is not None)
 
     def _paged_bytes(self) -> int:
-        shared = (self.table, self.positions, self.lengths)
-        total = sum(t.nbytes for t in shared) + self.masks.nbytes()
-        return total + sum(layer.nbytes() for layer in self.pages)
+        return self.paged.nbytes() + self.masks.nbytes()
 
     def recurrent_layers(self) -> list[LinearAttentionLayer]:
         """The layers that keep a recurrent state, in order."""
@@ -315,10 +344,7 @@ class QuantizedCache(Cache):
 
     def _check_batch(self, batch: int) -> None:
         if self.batch == 0:
-            self.batch, self.storage = batch, object()
-            self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
-            self.table = self.table.new_empty(batch, 0)
-            self.positions = self.positions.new_empty(batch, 0)
+            self.paged.start(batch)
         elif batch != self.batch:
             raise CacheError(
                 f"a batch of {batch} does not continue this cache",
@@ -342,31 +368,3 @@ class QuantizedCache(Cache):
                 f"({batch}, {self.columns + steps})",
                 do="Pass a 2-D mask over cached and new tokens, or none.",
             )
-
-    def _grow(self, batch: int, columns: int) -> None:
-        """Have pages for ``columns`` tokens of every sequence."""
-        have = self.table.shape[1]
-        if columns <= have * PAGE_TOKENS:
-            return
-        added = self._added(columns)
-        start = batch * have
-        ids = torch.arange(start, start + batch * added, dtype=torch.int32, device=self.device)
-        for layer in self.pages:
-            layer.allocate(batch, batch * added, self.device, self.dtype)
-        self.table = torch.cat([self.table, ids.view(batch, added)], 1)
-        fresh = self.positions.new_zeros(batch, added * PAGE_TOKENS)
-        self.positions = torch.cat([self.positions, fresh], 1)
-        self.storage = object()
-
-    def _added(self, columns: int) -> int:
-        """Pages to add to every sequence for ``columns`` tokens.
-
-        What is reserved counts where more is to come. Otherwise the first allocation is exact and
-        later ones add a sixteenth at least, so that the number of slabs stays logarithmic in the
-        length.
-        """
-        have = self.table.shape[1]
-        reserved = min(self.reserved, columns + max(AHEAD, columns // 16))
-        if reserved >= columns:
-            return -(-reserved // PAGE_TOKENS) - have
-        return max(-(-columns // PAGE_TOKENS) - have, have // 16)

@@ -104,6 +104,13 @@ class Columns:
         self.stored = None if self.stored is None else self.stored[rows]
         self.shown = self.stored if same or self.shown is None else self.shown[rows]
 
+    def copied(self, rows: Tensor) -> Columns:
+        """A copy with the rows, in this order."""
+        out = Columns()
+        out.stored, out.shown = self.stored, self.shown
+        out.select(rows)
+        return out
+
     def _buffers(self) -> list[Tensor]:
         if self.stored is None or self.shown is None:
             return []

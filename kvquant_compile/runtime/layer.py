@@ -57,30 +57,17 @@ class QuantizedLayer(CacheLayerMixin):
         """No maximum."""
         return -1
 
-    def allocate(self, batch: int, pages: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Add a slab of ``pages`` zeroed pages, and the sinks with the first."""
-        layout = self.layout
-        if not self.slabs:
-            shape = (batch, layout.heads, layout.exact_rows, layout.exact_width)
-            self.sinks = torch.zeros(shape, dtype=dtype, device=device)
+    def new_slab(self, pages: int, device: torch.device) -> Tensor:
+        """A slab of so many zeroed pages, uint8 [pages, heads, page_bytes]."""
         # Zeros, not garbage: a NaN in an unused slot would survive its zero softmax weight.
-        shape_pages = (pages, layout.heads, layout.page_bytes)
-        self.slabs.append(torch.zeros(shape_pages, dtype=torch.uint8, device=device))
+        shape = (pages, self.layout.heads, self.layout.page_bytes)
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
 
-    def select(self, ids: Tensor, rows: Tensor) -> None:
-        """Keep copies of the pages ``ids`` and of the rows' sinks, in this order; in place where
-        their number stays."""
-        stacked = self.slabs[0] if len(self.slabs) == 1 else torch.cat(self.slabs)
-        chosen, sinks = stacked.index_select(0, ids), self.sinks.index_select(0, rows)
-        if chosen.shape != stacked.shape:
-            self.slabs, self.sinks = [chosen], sinks
-            return
-        del stacked  # before anything else is allocated: it may be a copy of all pages
-        for slab, part in zip(
-            self.slabs, chosen.split([len(slab) for slab in self.slabs]), strict=True
-        ):
-            slab.copy_(part)
-        self.sinks.copy_(sinks)
+    def new_sinks(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Zeroed exact tokens [batch, heads, rows, width]."""
+        layout = self.layout
+        shape = (batch, layout.heads, layout.exact_rows, layout.exact_width)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def nbytes(self) -> int:
         """Allocated bytes of this layer."""

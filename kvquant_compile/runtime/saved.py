@@ -133,17 +133,19 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 @torch.inference_mode(False)  # a later step may write outside inference mode
 def _fill(cache: QuantizedCache, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     table = tensors["table"].clone()
-    if not table.shape[0]:
+    batch, pages = len(table), int(table.max()) + 1 if table.numel() else 0
+    if not batch:
         return
-    pages = int(table.max()) + 1 if table.numel() else 0
     empty = table < 0
-    table[empty] = torch.arange(pages, pages + int(empty.sum()), dtype=torch.int32)
-    cache.adopt(table, tensors["positions"], tensors["lengths"], header["columns"])
+    count = pages + int(empty.sum())
+    table[empty] = torch.arange(pages, count, dtype=torch.int32)
     for index, layer in enumerate(cache.pages):
-        if pages:
-            layer.allocate(len(table), pages + int(empty.sum()), cache.device, cache.dtype)
-            layer.slabs[0][:pages].copy_(tensors[f"pages.{index}"])
-            layer.sinks.copy_(tensors[f"sinks.{index}"])
+        if count:
+            slab = layer.new_slab(count, cache.device)
+            slab[:pages].copy_(tensors[f"pages.{index}"])
+            layer.slabs, layer.sinks = [slab], tensors[f"sinks.{index}"].to(cache.device)
+    cache.paged.adopt(table, tensors["positions"], tensors["lengths"])
+    cache.columns = header["columns"]
     masks = {n: tensors[f"columns.{n}"] for n in ("stored", "shown") if f"columns.{n}" in tensors}
     cache.masks.restore({name: tensor.to(cache.device) for name, tensor in masks.items()})
     _restore_states(cache, header["states"], tensors)
