@@ -19,8 +19,8 @@ from kvquant_compile.checks import check_asked, check_refusals, given_artifact, 
 from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.config import Bits
 from kvquant_compile.dump import dumping
-from kvquant_compile.inspect.report import Report, build_report, describe_decode
-from kvquant_compile.inspect.source import layer_source
+from kvquant_compile.inspect.explained import explained
+from kvquant_compile.inspect.report import Report, build_report
 from kvquant_compile.mixed.choose import calibrate_mixed
 from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.passes.recognise import recognise
@@ -198,15 +198,7 @@ def explain(model: nn.Module, *, layer: int | None = None, source: bool = False)
     Raises:
         OptionError: it is not optimised, or has no such layer.
     """
-    state = installed(model)
-    report = dataclasses.replace(state.report, decode_step=describe_decode(state.decode.refusal))
-    if layer is not None:
-        report = report.only(layer)
-    if not source:
-        return report
-    kept = {x.index for x in report.layers}
-    sources = tuple(layer_source(state.program, x) for x in state.layers if x.plan.index in kept)
-    return dataclasses.replace(report, sources=sources)
+    return explained(installed(model), layer=layer, source=source)
 
 
 def use_cuda_graphs(model: nn.Module, enabled: bool = True) -> None:

@@ -121,11 +121,6 @@ class Report:
         return as_html(self)
 
 
-def describe_decode(refusal: str) -> str:
-    """How decode steps run; ``refusal`` is why not as a CUDA graph."""
-    return f"eager, no CUDA graph: {refusal}" if refusal else "CUDA graph"
-
-
 def build_report(
     captured: Captured,
     layers: Sequence[MatchedLayer],
