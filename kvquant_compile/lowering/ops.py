@@ -55,7 +55,9 @@ def _append_impl(
 ) -> None:
     # The cache must not drag the step's autograd graph along.
     with torch.no_grad(), _precise(key):
-        run = _dispatch.append if _dispatch.use_kernels(key, format) else _append.append
+        run = _cpp.append_implementation(key, format) or _append.append
+        if _dispatch.use_kernels(key, format):
+            run = _dispatch.append
         run(key, value, slots, table, pages, sinks, tables, geometry, format)
 
 
@@ -83,7 +85,7 @@ def _attend_impl(
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
     site = _attend.Site(scale, softcap, window, sink_logits, slopes, chunk)
     plain = slopes is None and not chunk
-    run = (_cpp.implementation(query, format) if plain else None) or _attend.attend
+    run = (_cpp.attend_implementation(query, format) if plain else None) or _attend.attend
     if plain and _dispatch.use_kernels(query, format):
         run = _dispatch.attend
     with _precise(query):
