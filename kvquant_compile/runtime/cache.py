@@ -7,7 +7,8 @@ sequence. ``columns`` counts what transformers counts, padding included.
 
 A step changes nothing that is visible until :meth:`QuantizedCache.commit`: it writes into slots
 at or above the sequence's length only, so a step that fails in the middle leaves the cache as it
-was. (Recurrent states of hybrid models are the exception: their modules change them in place.)
+was. What cannot be taken back (recurrent states of hybrid models are changed in place) leaves a
+cache that says so on its next use.
 
 Device state is changed in place where its shape stays; where not, ``storage`` is replaced: while
 it is the same object every tensor has kept its address, so that a captured graph may be replayed.
@@ -17,7 +18,8 @@ A step without padding waits for the device once, to compare a mask, or without 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +30,13 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.errors import CacheError
+from kvquant_compile.runtime.cache_checks import (
+    check_alive,
+    check_batch,
+    check_crop,
+    check_mask,
+    check_room,
+)
 from kvquant_compile.runtime.columns import Columns
 from kvquant_compile.runtime.identity import Identity
 from kvquant_compile.runtime.layer import QuantizedLayer
@@ -86,9 +95,14 @@ class QuantizedCache(Cache):
     def reset(self) -> None:
         """Forget everything and free the pages."""
         self.paged.reset()
-        self.columns, self.reserved = 0, 0
+        self.columns, self.reserved, self.broken = 0, 0, ""
         self.masks = Columns()
         self.states = self.new_states()
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first step."""
+        return self.batch or -1
 
     @property
     def batch(self) -> int:
@@ -133,7 +147,8 @@ class QuantizedCache(Cache):
 
         Args:
             positions: int [B, S] RoPE positions of the step's tokens.
-            attention_mask: [B, columns + S], nonzero for real tokens; None when none is padded.
+            attention_mask: [B, columns + S], nonzero for real tokens; None when none is padded,
+                nor hidden any more.
 
         Raises:
             CacheError: the batch size differs from the cached one, the mask contradicts what
@@ -152,13 +167,22 @@ class QuantizedCache(Cache):
         Raises:
             CacheError: as :meth:`begin`.
         """
-        self._check_room(steps)
-        self._check_batch(batch)
+        check_alive(self.broken)
+        check_room(self.columns + steps, self.most)
+        if self.columns:
+            check_batch(batch, self.batch)
+        if attention_mask is not None:
+            check_mask(attention_mask, batch, self.columns, steps)
+        if batch != self.batch:
+            self.paged.reset()
+            self.paged.start(batch)
+            self.masks = Columns()
         real = None
         if attention_mask is not None:
-            self._check_mask(attention_mask, batch, steps)
             mask = attention_mask.to(self.device)
             real = self.masks.read(mask, self.columns, self.positions)
+        else:
+            self.masks.show_all(self.columns, self.positions)
         self.paged.prepare(self.columns + steps, self.reserved)
         return real
 
@@ -203,21 +227,11 @@ class QuantizedCache(Cache):
             CacheError: the number is positive, or more than is cached, or a recurrent state
                 cannot go back.
         """
+        check_alive(self.broken)
+        check_crop(tokens_to_remove, self.columns, self.states is not None)
         count = -tokens_to_remove
-        if not 0 <= count <= self.columns:
-            raise CacheError(
-                f"cannot crop by {tokens_to_remove}",
-                why=f"{self.columns} tokens are cached, and crop takes minus the number to drop",
-                do="Pass a number between -length and 0.",
-            )
         if count == 0:
             return
-        if self.states is not None:
-            raise CacheError(
-                f"cannot crop by {tokens_to_remove}",
-                why="layers of the model keep a recurrent state, which cannot go back",
-                do="Start again from an empty cache.",
-            )
         dropped = self.masks.drop(self.columns, count)
         self.lengths.sub_(count if dropped is None else dropped)
         self.columns -= count
@@ -235,16 +249,27 @@ class QuantizedCache(Cache):
     @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` [n], in this order, repeats allowed."""
+        check_alive(self.broken)
         if self.batch == 0:
             return
         rows = torch.arange(self.batch, device=self.device)[indices.to(self.device)]
         fewer = rows.numel() < self.batch
-        self.paged.select(rows)
-        self.masks.select(rows)
-        for state in self.recurrent_layers():
-            state.reorder_cache(rows)  # type: ignore[arg-type]
+        with self.undividable("choosing sequences"):
+            self.paged.select(rows)
+            self.masks.select(rows)
+            for state in self.recurrent_layers():
+                state.reorder_cache(rows)  # type: ignore[arg-type]
         if fewer:
             self.paged.compact()
+
+    @contextmanager
+    def undividable(self, what: str) -> Iterator[None]:
+        """If the block raises, the cache refuses to be used until it is reset."""
+        try:
+            yield
+        except BaseException:
+            self.broken = what
+            raise
 
     @torch.inference_mode(False)
     def fork(self, count: int = 1) -> QuantizedCache:
@@ -255,8 +280,9 @@ class QuantizedCache(Cache):
         continued, cropped, reset or dropped as before.
 
         Raises:
-            CacheError: ``count`` is no positive number.
+            CacheError: ``count`` is no positive number, or the cache can no longer be used.
         """
+        check_alive(self.broken)
         if count < 1:
             raise CacheError(
                 f"cannot fork a cache {count} times",
@@ -285,11 +311,12 @@ class QuantizedCache(Cache):
         """Write the cache to a safetensors file, which :func:`kvquant_compile.load_cache` reads.
 
         Raises:
-            CacheError: the cache belongs to no optimised model.
+            CacheError: the cache belongs to no optimised model, or can no longer be used.
             ArtifactError: the file cannot be written.
         """
         from kvquant_compile.runtime.saved import save
 
+        check_alive(self.broken)
         if self.identity is None:
             raise CacheError(
                 "this cache cannot be saved",
@@ -341,30 +368,3 @@ class QuantizedCache(Cache):
             f"QuantizedCache({len(self.layers)} layers {'/'.join(sorted(kinds))}, batch "
             f"{self.batch}, {self.columns} tokens, {self.nbytes():,} bytes)"
         )
-
-    def _check_batch(self, batch: int) -> None:
-        if self.batch == 0:
-            self.paged.start(batch)
-        elif batch != self.batch:
-            raise CacheError(
-                f"a batch of {batch} does not continue this cache",
-                why=f"it holds {self.batch} sequences",
-                do="Use one cache per batch, or batch_repeat_interleave / batch_select_indices.",
-            )
-
-    def _check_room(self, steps: int) -> None:
-        if self.most is not None and self.columns + steps > self.most:
-            raise CacheError(
-                f"{self.columns + steps} tokens are more than the model has positions for",
-                why=f"its tables of positions end after {self.most}",
-                do="Stop there, or give the model longer ones.",
-            )
-
-    def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:
-        if mask.shape != (batch, self.columns + steps):
-            raise CacheError(
-                f"an attention mask of shape {tuple(mask.shape)} does not fit",
-                why=f"{self.columns} cached and {steps} new tokens in {batch} sequences need "
-                f"({batch}, {self.columns + steps})",
-                do="Pass a 2-D mask over cached and new tokens, or none.",
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -56,6 +56,21 @@ class QuantizedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+    def refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        """What stands in for everything that would change one layer.
+
+        Raises:
+            CacheError: always.
+        """
+        raise CacheError(
+            "one layer of a quantised cache cannot be changed on its own",
+            why="all layers share one block table, and none is kept on another device",
+            do="Call the method of the cache.",
+        )
+
+    reset = reorder_cache = crop = offload = prefetch = refuse
+    batch_repeat_interleave = batch_select_indices = refuse
 
     def new_slab(self, pages: int, device: torch.device) -> Tensor:
         """A slab of so many zeroed pages, uint8 [pages, heads, page_bytes]."""

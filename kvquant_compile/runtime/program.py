@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -94,8 +95,11 @@ class Program:
     ) -> Tensor:
         """:meth:`run` after the cache has admitted the step; ``real`` is what it answered."""
         step = cache.place(positions, real)
-        output = self.compute(inputs, cache, step, exact_chunk)
-        cache.commit(step)
+        # a recurrent state has gone on by then; pages have not changed below the old lengths
+        guard = nullcontext() if cache.states is None else cache.undividable("a step")
+        with guard:
+            output = self.compute(inputs, cache, step, exact_chunk)
+            cache.commit(step)
         return output
 
     def compute(
