@@ -6,6 +6,7 @@ matplotlib draws with placeholder colours, which become CSS variables of the pag
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ _COLOURS = {
     "#010203": "--ink", "#010204": "--soft", "#010205": "--line", "#010206": "--keys",
     "#010207": "--values", "#010208": "--accent",
 }  # fmt: skip
+_METADATA = ("Date", "Creator", "Format", "Type")
 INK, SOFT, LINE, KEY_COLOUR, VALUE_COLOUR, ACCENT = _COLOURS
 _BY_PART = dict(zip(PARTS, (KEY_COLOUR, VALUE_COLOUR), strict=True))
 
@@ -32,7 +34,7 @@ def sensitivity(statistics: Sequence[PartStatistics], mixed: Mapping[str, Any] |
     measurement, from gradients otherwise; relative errors where there are neither."""
     losses, label = _losses(statistics, mixed)
     layers = sorted({s.index for s in statistics})
-    with _figure(9, 2.4) as (figure, out):
+    with _figure("sensitivity", 9, 2.4) as (figure, out):
         axis = figure.subplots()
         for shift, part in zip((-0.2, 0.2), PARTS, strict=True):
             heights = [losses.get((index, part), 0.0) for index in layers]
@@ -64,7 +66,7 @@ def levels(statistics: Sequence[PartStatistics]) -> Markup:
     """The levels of one layer's tables over histograms of what they code, head by head."""
     rows = [s for s in statistics if s.normalised is not None]
     heads = min(MOST_HEADS, max(len(s.quantiles[0]) for s in rows))
-    with _figure(9, 1.9 * len(rows)) as (figure, out):
+    with _figure(f"levels {rows[0].index}", 9, 1.9 * len(rows)) as (figure, out):
         axes = figure.subplots(len(rows), heads, squeeze=False)
         for row, part in zip(axes, rows, strict=True):
             for head, axis in enumerate(row):
@@ -90,7 +92,7 @@ def _histogram(axis: Any, part: PartStatistics, head: int) -> None:
 def ranges(statistics: Sequence[PartStatistics]) -> Markup:
     """Every channel's range in one layer: median, 1 % to 99 %, least to greatest."""
     heads = min(MOST_HEADS, max(len(s.quantiles[0]) for s in statistics))
-    with _figure(9, 1.9 * len(statistics)) as (figure, out):
+    with _figure(f"ranges {statistics[0].index}", 9, 1.9 * len(statistics)) as (figure, out):
         axes = figure.subplots(len(statistics), heads, squeeze=False, sharey="row")
         for row, part in zip(axes, statistics, strict=True):
             for head, axis in enumerate(row):
@@ -109,7 +111,7 @@ def ranges(statistics: Sequence[PartStatistics]) -> Markup:
 
 def outliers(statistics: Sequence[PartStatistics]) -> Markup:
     """How often each channel is kept exactly, by layer and head (rows) and channel (columns)."""
-    with _figure(9, 2.6) as (figure, out):
+    with _figure("outliers", 9, 2.6) as (figure, out):
         axes = figure.subplots(1, 2)
         for axis, part in zip(axes, PARTS, strict=True):
             rows = [s for s in statistics if s.part == part and s.normalised is not None]
@@ -127,8 +129,11 @@ def outliers(statistics: Sequence[PartStatistics]) -> Markup:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, list[Markup]]]:
-    """A figure to draw on; when it is left, the list holds its SVG."""
+def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, list[Markup]]]:
+    """A figure to draw on; when it is left, the list holds its SVG.
+
+    Ids are the same every time and differ from those of figures with other names.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -139,7 +144,7 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, list[Markup]]]:
             do='Run pip install "kvquant-compile[plot]".',
         ) from error
     style: Any = {
-        "font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "kvq",
+        "font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": name,
         "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": LINE, "xtick.color": SOFT,
         "ytick.color": SOFT, "axes.facecolor": "none", "figure.facecolor": "none",
         "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -150,9 +155,9 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, list[Markup]]]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, out
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(_METADATA))
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     for placeholder, variable in _COLOURS.items():
         text = text.replace(placeholder, f"var({variable})")
     out.append(Markup(text))
