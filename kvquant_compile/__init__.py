@@ -28,6 +28,7 @@ from kvquant_compile.errors import (
     ValidationError,
 )
 from kvquant_compile.evaluate.score import quantised_attention
+from kvquant_compile.export import OnnxSession, export_onnx, export_pt2, load_pt2
 from kvquant_compile.runtime.cache import QuantizedCache
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "CalibrationError",
     "KVQuantError",
     "MissingDependencyError",
+    "OnnxSession",
     "OptionError",
     "QuantizedCache",
     "UnsupportedLayerError",
@@ -46,7 +48,10 @@ __all__ = [
     "ValidationError",
     "artifact",
     "explain",
+    "export_onnx",
+    "export_pt2",
     "load_cache",
+    "load_pt2",
     "new_cache",
     "optimize",
     "quantised_attention",

@@ -118,13 +118,15 @@ def _write(
     """Put a step's codes, each [1, H, B S, ...], into pages [B, P, H, bytes]."""
     batch, capacity = pages.shape[:2]
     touched = torch.sym_min((slots.shape[1] + PAGE_TOKENS - 2) // PAGE_TOKENS + 1, capacity)
-    start, _ = _span(slots)
-    first = torch.minimum(start // PAGE_TOKENS, torch.full_like(start, 1) * (capacity - touched))
+    start, end = _span(slots)
+    first = (start // PAGE_TOKENS).clamp(max=capacity - touched)
     ids = first[:, None] + torch.arange(touched)
     places = (ids[..., None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten(1)
     new, column = _new_tokens(slots, places)
     source = (column + torch.arange(batch)[:, None] * slots.shape[1]).flatten()
-    mine = (ids + torch.arange(batch)[:, None] * capacity).flatten()
+    # Tokens beyond the last page must not be lost in silence: no page has such a number.
+    lacking = ((end - 1) // PAGE_TOKENS - (capacity - 1)).clamp(min=0) * (batch * capacity)
+    mine = (ids + (torch.arange(batch) * capacity + lacking)[:, None]).flatten()
     flat = pages.flatten(0, 1)
     old = flat.index_select(0, mine).transpose(0, 1)[None]  # [1, H, B touched, bytes]
     known = [x for kind in ("key", "value") for x in emit(unpacker(layout, kind), [old])]
