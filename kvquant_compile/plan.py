@@ -71,6 +71,7 @@ class AttendPlan:
         sink_logits: whether a learned per-head logit joins the softmax (gpt-oss).
         position_bias: whether scores of head h change by ``slope[h] * (key's place - query's)``
             (ALiBi).
+        selects: whether every query attends to some keys only, chosen by data (sparse attention).
     """
 
     query_heads: int
@@ -80,6 +81,7 @@ class AttendPlan:
     sink_logits: bool = False
     position_bias: bool = False
     chunk: int = 0
+    selects: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Site:
     sink_logits: Tensor | None
     slopes: Tensor | None = None
     chunk: int = 0
+    selected: Tensor | None = None
 
 
 def attend(
@@ -82,7 +83,8 @@ def attend(
         value: [B, H, S, value_dim], the step's own values.
         slots, history: see :mod:`kvquant_compile.lowering.ops`; padding gets zeros and -inf.
         cache: the layer's cache, the step already appended.
-        site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks.
+        site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks, and
+            which slots every query may see.
         exact_chunk: read the step's own tokens exactly instead of from the cache.
 
     Returns:
@@ -102,6 +104,9 @@ def attend(
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
         visible = _visible(slots, first, hidden, limit, site.window, site.chunk)
+        if site.selected is not None:
+            chosen = site.selected[:, :, places]
+            visible = chosen if visible is None else visible & chosen
         bias = _bias(site, slots, _places(first, keys), groups)
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
@@ -206,7 +211,8 @@ def _own_by_flash(
         output [B, Hq, S, D] and log-sum-exp [B, Hq, S]; None where it cannot: it does plain causal
         attention of several tokens, none of them padding.
     """
-    plain = not (site.softcap or site.window or site.chunk or site.slopes is not None)
+    special = site.slopes is not None or site.selected is not None
+    plain = not (site.softcap or site.window or site.chunk or special)
     if slots.shape[1] == 1 or not plain or not bool((slots >= 0).all()):
         return None
     return causal_flash(query, key, value, site.scale)
@@ -225,6 +231,9 @@ def _attend_own(
             seen = seen & (own[:, None] > slots[..., None] - site.window)
         if site.chunk:
             seen = seen & _same_chunk(slots[..., None], own[:, None], site.chunk)
+        if site.selected is not None:
+            places = own.clamp(min=0).long()[:, None].expand(-1, slots.shape[1], -1)
+            seen = seen & site.selected.gather(2, places)
         tile = slice(start, start + block)
         keys, values = key[:, :, tile].float(), value[:, :, tile].float()
         bias = _bias(site, slots, own, (query.shape[1], query.shape[2]))

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttentionLayer
 
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.errors import CacheError
@@ -257,7 +257,7 @@ class QuantizedCache(Cache):
         with self.undividable("choosing sequences"):
             self.paged.select(rows)
             self.masks.select(rows)
-            for state in self.recurrent_layers():
+            for state in self.state_layers():
                 state.reorder_cache(rows)  # type: ignore[arg-type]
         if fewer:
             self.paged.compact()
@@ -299,7 +299,7 @@ class QuantizedCache(Cache):
             self.paged.lend(other.paged, rows)
             other.masks = self.masks.copied(rows)
             other.states = copy.deepcopy(self.states)
-            for state in other.recurrent_layers():
+            for state in other.state_layers():
                 state.reorder_cache(rows)  # type: ignore[arg-type]
         return other
 
@@ -338,25 +338,35 @@ class QuantizedCache(Cache):
         )
 
     def nbytes(self) -> int:
-        """Every byte the cache has allocated: pages, exact tokens, block table, positions, and
-        recurrent states."""
+        """Every byte the cache has allocated: pages, exact tokens, block table, positions,
+        recurrent states and the keys of indices."""
         kept = [
             tensor
             for state in self.recurrent_layers()
             for tensor in (*state.conv_states.values(), *state.recurrent_states.values())
-        ]
+        ] + [layer.indexer_keys for layer in self.indexed_layers()]
         return self._paged_bytes() + sum(t.nbytes for t in kept if t is not None)
 
     def _paged_bytes(self) -> int:
         return self.paged.nbytes() + self.masks.nbytes()
+
+    def state_layers(self) -> list[LinearAttentionLayer | DynamicIndexedLayer]:
+        """The layers that keep something besides keys and values."""
+        return [*self.recurrent_layers(), *self.indexed_layers()]
 
     def recurrent_layers(self) -> list[LinearAttentionLayer]:
         """The layers that keep a recurrent state, in order."""
         layers = [] if self.states is None else self.states.layers
         return [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
 
+    def indexed_layers(self) -> list[DynamicIndexedLayer]:
+        """The layers that keep an index of their tokens (sparse attention), in order."""
+        layers = [] if self.states is None else self.states.layers
+        return [layer for layer in layers if isinstance(layer, DynamicIndexedLayer)]
+
     def effective_bits(self) -> float:
-        """Allocated bits per cached key or value element, all but recurrent states counted."""
+        """Allocated bits per cached key or value element; recurrent states and indices, which
+        stay what they are in the original, are not counted."""
         tokens = int(self.lengths.sum())
         widths = (x.layout.heads * (x.layout.key_dim + x.layout.value_dim) for x in self.pages)
         elements = tokens * sum(widths)

@@ -80,6 +80,6 @@ def check_crop(tokens_to_remove: int, columns: int, recurrent: bool) -> None:
     if tokens_to_remove and recurrent:
         raise CacheError(
             f"cannot crop by {tokens_to_remove}",
-            why="layers of the model keep a recurrent state, which cannot go back",
+            why="layers of the model keep a recurrent state or an index, which cannot go back",
             do="Start again from an empty cache.",
         )

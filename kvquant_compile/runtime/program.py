@@ -21,6 +21,7 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
 from kvquant_compile.runtime.cache import QuantizedCache, Step
 from kvquant_compile.runtime.identity import Identity
+from kvquant_compile.runtime.slot_columns import slot_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,8 @@ class Program:
             "positions": cache.positions,
             STATES: cache.states,
         }
+        if "slot_columns" in self.inputs:
+            values["slot_columns"] = slot_columns(cache, step)
         for index, layer in zip(self.indices, cache.pages, strict=True):
             values[f"pages_{index}"] = layer.slabs
             values[f"sinks_{index}"] = layer.sinks

@@ -151,8 +151,14 @@ def _fill(cache: QuantizedCache, header: Mapping[str, Any], tensors: Mapping[str
     _restore_states(cache, header["states"], tensors)
 
 
+_INDEX = "index"
+
+
 def _states(cache: QuantizedCache) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, whether tokens have gone into it) of the recurrent states."""
+    """(name, tensor, whether tokens have gone into it) of recurrent states and indices."""
+    for index, indexed in enumerate(cache.indexed_layers()):
+        if indexed.indexer_keys is not None:
+            yield f"states.{index}.{_INDEX}.0", indexed.indexer_keys, True
     for index, layer in enumerate(cache.recurrent_layers()):
         for kind in ("conv", "recurrent"):
             for place, tensor in getattr(layer, f"{kind}_states").items():
@@ -167,6 +173,9 @@ def _restore_states(
     layers: list[LinearAttentionLayer] = cache.recurrent_layers()
     for name in begun:
         _, index, kind, place = name.split(".")
+        if kind == _INDEX:
+            cache.indexed_layers()[int(index)].update_indexer(tensors[name].to(cache.device))
+            continue
         layer, at, saved = layers[int(index)], int(place), tensors[name].to(cache.device)
         if kind == "conv":
             layer.lazy_initialization(conv_states=saved, state_idx=at)
