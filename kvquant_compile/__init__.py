@@ -5,6 +5,9 @@
 See :func:`optimize`; the package's README lists the parts.
 """
 
+import os
+
+from kvquant_compile import logs
 from kvquant_compile.api import (
     artifact,
     explain,
@@ -59,3 +62,5 @@ __all__ = [
     "sample_calibration",
     "use_cuda_graphs",
 ]
+
+logs.configure(os.environ.get(logs.VARIABLE, ""))

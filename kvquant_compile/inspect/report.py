@@ -115,6 +115,9 @@ class Report:
 
         return as_text(self)
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         from kvquant_compile.inspect.notebook import as_html
 

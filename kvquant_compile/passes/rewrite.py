@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from kvquant_compile.capture.markers import MARKERS, MASK
+from kvquant_compile.logs import logger
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants
 from kvquant_compile.lowering.selection import selected_slots, step_mask
@@ -32,6 +33,8 @@ CONSTANT_PREFIX = "kvquant_"
 # In the meta of an op of the rewritten graph: the name of the marker that it stands for.
 REPLACES = "kvquant_replaces"
 _GEOMETRY = ("key_order", "query_order", "frequencies", "rope_scale")
+
+_log = logger("passes")
 
 
 def rewrite(
@@ -73,6 +76,8 @@ def rewrite(
     observer.graph("dead code eliminated", gm)
     left = [n for n in graph.nodes if n.target in MARKERS]
     assert not left, f"markers left after the rewrite: {left}"
+    _log.info("rewritten: %d layers, %d nodes before, %d after", len(layers),
+              len(source.graph.nodes), len(graph.nodes))  # fmt: skip
     return gm
 
 

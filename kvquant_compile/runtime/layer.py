@@ -28,6 +28,9 @@ class QuantizedLayer(CacheLayerMixin):
         self.slabs: list[Tensor] = []
         self.sinks: Tensor = torch.empty(0)
 
+    def __repr__(self) -> str:
+        return f"QuantizedLayer({self.layout}, {len(self.slabs)} slabs, {self.nbytes():,} bytes)"
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: storage comes with the first step."""
 

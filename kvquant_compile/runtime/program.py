@@ -45,6 +45,11 @@ class Program:
     model: nn.Module
     tables: Mapping[int, Tables | None]
 
+    def __repr__(self) -> str:
+        kinds = "/".join(dict.fromkeys(layout.kind for layout in self.layouts))
+        nodes = len(self.graph_module.graph.nodes)
+        return f"Program({len(self.layouts)} layers {kinds}, {nodes} nodes, {self.device})"
+
     @functools.cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the graph's placeholders, in order."""

@@ -69,7 +69,7 @@
   const reveal = () => {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     for (let at = target; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
-    if (target) target.scrollIntoView({ block: "center" });
+    if (target) target.scrollIntoView({ block: target.matches(".line") ? "center" : "start" });
   };
   addEventListener("hashchange", reveal);
   reveal();
