@@ -5,6 +5,9 @@
 See :func:`optimize`; the package's README lists the parts.
 """
 
+import os
+
+from kvquant_compile import logs
 from kvquant_compile.api import (
     artifact,
     explain,
@@ -28,6 +31,7 @@ from kvquant_compile.errors import (
     ValidationError,
 )
 from kvquant_compile.evaluate.score import quantised_attention
+from kvquant_compile.export import OnnxSession, export_onnx, export_pt2, load_pt2
 from kvquant_compile.runtime.cache import QuantizedCache
 
 __version__ = "0.1.0"
@@ -39,6 +43,7 @@ __all__ = [
     "CalibrationError",
     "KVQuantError",
     "MissingDependencyError",
+    "OnnxSession",
     "OptionError",
     "QuantizedCache",
     "UnsupportedLayerError",
@@ -46,7 +51,10 @@ __all__ = [
     "ValidationError",
     "artifact",
     "explain",
+    "export_onnx",
+    "export_pt2",
     "load_cache",
+    "load_pt2",
     "new_cache",
     "optimize",
     "quantised_attention",
@@ -54,3 +62,5 @@ __all__ = [
     "sample_calibration",
     "use_cuda_graphs",
 ]
+
+logs.configure(os.environ.get(logs.VARIABLE, ""))

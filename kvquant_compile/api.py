@@ -19,14 +19,15 @@ from kvquant_compile.checks import check_asked, check_refusals, given_artifact, 
 from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.config import Bits
 from kvquant_compile.dump import dumping
-from kvquant_compile.inspect.report import Report, build_report, describe_decode
-from kvquant_compile.inspect.source import layer_source
+from kvquant_compile.inspect.explained import explained
+from kvquant_compile.inspect.report import Report, build_report
 from kvquant_compile.mixed.choose import calibrate_mixed
 from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import choose, stored_layers
 from kvquant_compile.runtime.cache import QuantizedCache
+from kvquant_compile.runtime.chunks import PREFILL_CHUNK, check_chunk
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.plugback import install, output_type, uninstall
 from kvquant_compile.runtime.program import build_program
@@ -54,12 +55,13 @@ def optimize(
     sensitivity: str = "fisher",
     attend_quantized: bool = False,
     cuda_graphs: bool = True,
+    prefill_chunk: int | None = PREFILL_CHUNK,
     progress: bool | None = None,
     dump: str | Path | None = None,
 ) -> Model:
     """Store a decoder's KV cache in a few bits; ``generate`` and ``forward`` go on working.
 
-    The model is changed in place (two instance attributes; see :func:`restore`) and returned.
+    The model is changed in place (three instance attributes; see :func:`restore`) and returned.
     Its class, config, parameters and state dict stay as they are.
 
     Args:
@@ -93,6 +95,8 @@ def optimize(
             keys and values only. Slower and a little less accurate; what evaluation needs.
         cuda_graphs: on a GPU, run a decode step as one CUDA graph wherever that is possible
             (``explain`` says where not); see :func:`use_cuda_graphs`.
+        prefill_chunk: longer prompts are run in chunks of so many tokens, which read the chunks
+            before them from the packed cache; None never cuts.
         progress: show progress bars; None shows them on a terminal.
         dump: folder to write the graph after every pass, plots of the tables, certificates and
             sources to, with an ``index.html``; None: where KVQUANT_DUMP in the environment says.
@@ -104,6 +108,7 @@ def optimize(
         KVQuantError: something cannot be honoured; nothing was changed then.
     """
     refuse_optimised(model)
+    check_chunk(prefill_chunk)
     given = given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
     mixed = MixedBits.make(bits, budget, allocation)
@@ -145,7 +150,7 @@ def optimize(
         program = build_program(captured, layers, specs, tables, observer)
         report = build_report(captured, layers, program, errors, given)
         state = Installed(program, captured, layers, given, report, attend_quantized)
-        state.cuda_graphs = cuda_graphs
+        state.cuda_graphs, state.prefill_chunk = cuda_graphs, prefill_chunk
         observer.finished(state)
     install(model, state, output_type(captured))
     return model
@@ -198,15 +203,7 @@ def explain(model: nn.Module, *, layer: int | None = None, source: bool = False)
     Raises:
         OptionError: it is not optimised, or has no such layer.
     """
-    state = installed(model)
-    report = dataclasses.replace(state.report, decode_step=describe_decode(state.decode.refusal))
-    if layer is not None:
-        report = report.only(layer)
-    if not source:
-        return report
-    kept = {x.index for x in report.layers}
-    sources = tuple(layer_source(state.program, x) for x in state.layers if x.plan.index in kept)
-    return dataclasses.replace(report, sources=sources)
+    return explained(installed(model), layer=layer, source=source)
 
 
 def use_cuda_graphs(model: nn.Module, enabled: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``kvquant-compile demo | optimize | calibrate | explain | eval | selftest``."""
+"""The command line; ``kvquant-compile --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -117,6 +117,36 @@ def explain(
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(report)
+
+
+@app.command()
+def export(
+    model: ModelOption,
+    output: Annotated[Path, typer.Argument(help="File to write (*.onnx, *.pt2).")],
+    format: Annotated[str, typer.Option("--format", help="onnx or pt2.")] = "onnx",
+    opset: Annotated[int, typer.Option(help="Of ONNX, 18 to 23.")] = 20,
+    ops: Annotated[
+        str, typer.Option(help="Of pt2: kvquant, or standard (torch only).")
+    ] = "kvquant",
+    bits: OneFormatOption = None,
+    budget: BudgetOption = None,
+    calibration: CalibrationOption = None,
+    windows: WindowsOption = None,
+    seed: int = 0,
+) -> None:
+    """Optimise a model and write it as a file for onnxruntime or torch.export."""
+    from kvquant_compile.export import export_onnx, export_pt2
+
+    if format not in ("onnx", "pt2"):
+        raise OptionError(
+            f"--format {format}", why="known are onnx and pt2", do="Pass one of them."
+        )
+    network = _optimised(model, bits, budget, calibration, windows, "float32", seed)
+    if format == "onnx":
+        export_onnx(network, output, opset=opset)
+    else:
+        export_pt2(network, output, ops=ops)
+    typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
 
 @app.command()

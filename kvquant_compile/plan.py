@@ -34,6 +34,10 @@ class RopeSpec:
     passthrough: Pairs = ()
     scale: float = 1.0
 
+    def __repr__(self) -> str:
+        scale = "" if self.scale == 1.0 else f", scale {self.scale:.6g}"
+        return f"RopeSpec({self.pairing}, {2 * len(self.in_pairs)}/{self.width} channels{scale})"
+
     @property
     def width(self) -> int:
         """Channels of the head vector."""
@@ -71,6 +75,7 @@ class AttendPlan:
         sink_logits: whether a learned per-head logit joins the softmax (gpt-oss).
         position_bias: whether scores of head h change by ``slope[h] * (key's place - query's)``
             (ALiBi).
+        selects: whether every query attends to some keys only, chosen by data (sparse attention).
     """
 
     query_heads: int
@@ -80,6 +85,7 @@ class AttendPlan:
     sink_logits: bool = False
     position_bias: bool = False
     chunk: int = 0
+    selects: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,3 +119,13 @@ class LayerPlan:
     refusal: str = ""
     kept: RopeSpec | None = None
     latent: int = 0
+
+    def __repr__(self) -> str:
+        rope = repr(self.rope) if self.rope else f"keeps {self.kept!r}" if self.kept else "no RoPE"
+        if self.refusal:
+            rope = f"refused: {self.refusal}"
+        queries = "+".join(str(site.query_heads) for site in self.attends)
+        return (
+            f"LayerPlan({self.index}: {queries} query heads, {self.kv_heads} kv heads x "
+            f"{self.key_dim}/{self.value_dim}, {rope})"
+        )

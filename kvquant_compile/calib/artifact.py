@@ -42,6 +42,11 @@ class Artifact:
     geometry: Mapping[int, tuple[int, int, int]]
     details: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        total = sum(t.nbytes for tables in self.tables.values() for t in tables.tensors().values())
+        name = self.details.get("recipe", "formats")
+        return f"Artifact({name}, {len(self.specs)} layers, {total:,} bytes of tables)"
+
     @staticmethod
     def make(
         captured: Captured,

@@ -17,10 +17,12 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.algebra.recipe import Recipe
 from kvquant_compile.codec.formats import Format, Tables
 from kvquant_compile.errors import OptionError
+from kvquant_compile.logs import logger
 from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.progress import Progress
 
+_log = logger("calib")
 SENSITIVITIES = ("fisher", "none")
 
 
@@ -124,6 +126,7 @@ def observe_chosen(
         "tokens": sum(w.shape[1] for w in windows),
         "seed": options.windows.seed,
     }
+    _log.info("observed %(tokens)d tokens in %(windows)d windows, %(source)s", source)
     return observed, source
 
 
@@ -171,6 +174,7 @@ def fit_tables(
                 ignore=seen.places < spec.sink_tokens,
                 rope=plan.rope,
             )
+        _log.debug("layer %d: %r", index, tables.get(index, "no tables"))
     return tables
 
 

@@ -42,6 +42,11 @@ class Observed:
     value_gradients: Tensor | None
     places: Tensor
 
+    def __repr__(self) -> str:
+        heads, tokens, dim = self.keys.shape
+        known = "" if self.key_gradients is not None else ", no gradients"
+        return f"Observed({tokens} tokens, {heads} heads x {dim}/{self.values.shape[2]}{known})"
+
 
 def behind_rope(seen: Observed, rope: RopeSpec) -> Observed:
     """The same tokens with their keys rotated, as they are attended; without gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch import nn
@@ -12,9 +13,12 @@ from kvquant_compile.capture.functional_model import capture_functional
 from kvquant_compile.capture.markers import APPEND, ATTEND, MASK
 from kvquant_compile.capture.run import run_marked
 from kvquant_compile.capture.transformers_model import capture_transformers
+from kvquant_compile.logs import logger
 from kvquant_compile.observer import SILENT, Observer
 
 __all__ = ["APPEND", "ATTEND", "MASK", "CacheLayout", "Captured", "capture", "run_marked"]
+
+_log = logger("capture")
 
 
 def capture(
@@ -35,6 +39,14 @@ def capture(
         UnsupportedModelError: what the model is, or does, rules a sound capture out.
         UnsupportedLayerError: one attention, mask or cache layer does.
     """
+    start = time.perf_counter()
     if isinstance(model, PreTrainedModel):
-        return capture_transformers(model, observer)
-    return capture_functional(model, example_inputs, observer)
+        captured = capture_transformers(model, observer)
+    else:
+        captured = capture_functional(model, example_inputs, observer)
+    _log.info(
+        "%s: %d nodes, %s, in %.1f s", type(model).__name__, len(captured.graph_module.graph.nodes),
+        captured.convention, time.perf_counter() - start,
+    )  # fmt: skip
+    _log.debug("self-check: %s", captured.evidence)
+    return captured

@@ -101,6 +101,14 @@ class CaptureHybridLayer(CaptureLayer, LinearAttentionAndFullAttentionLayer):  #
     lazy_initialization = LinearAttentionLayer.lazy_initialization
 
 
+class CaptureIndexedLayer(CaptureLayer, DynamicIndexedLayer):
+    """The same beside the keys of an index, by which queries choose what they attend to."""
+
+    def __init__(self, index: int, past: int, seen: Firings) -> None:
+        DynamicIndexedLayer.__init__(self)
+        CaptureLayer.__init__(self, index, past, seen)
+
+
 def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
     """The model's own cache with every attention layer replaced by a :class:`CaptureLayer`.
 
@@ -118,13 +126,9 @@ def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
             count = layer.number_of_states
             cache.layers[index] = CaptureHybridLayer(index, past, seen, count)
             continue
-        if isinstance(layer, DynamicIndexedLayer):
-            raise UnsupportedModelError(
-                "the model cannot be captured",
-                why=f"its cache layer {index} keeps an index by which every query chooses the keys"
-                " that it attends to (sparse attention)",
-                do="Such attention is not supported.",
-            )
+        if type(layer) is DynamicIndexedLayer:
+            cache.layers[index] = CaptureIndexedLayer(index, past, seen)
+            continue
         if isinstance(layer, DynamicSlidingWindowLayer):
             seen.forgetful[index] = int(layer.sliding_window)
         if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:

@@ -62,6 +62,12 @@ class Captured:
     decoder: Decoder | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return (
+            f"Captured({type(self.model).__name__}, {self.convention}, "
+            f"{len(self.graph_module.graph.nodes)} nodes, {self.dtype}, {self.device})"
+        )
+
     @property
     def data_inputs(self) -> list[fx.Node]:
         """The graph inputs that carry tokens."""

@@ -47,6 +47,7 @@ def _attention_marker(
 ) -> tuple[Tensor, None]:
     sinks = others.pop("s_aux", None)
     sinks = others.pop("sinks", None) if sinks is None else sinks
+    selected = others.pop("indices", None)  # places of the only keys that are attended
     layer = int(getattr(module, "layer_idx", None) or 0)
     _refuse_unknown(module, layer, others, sinks)
     window = sliding_window[0] if isinstance(sliding_window, (tuple, list)) else sliding_window
@@ -57,7 +58,7 @@ def _attention_marker(
     _active.derived |= not any(key is k and value is v for k, v in _active.appended)
     out = ATTEND(
         query, key, value, attention_mask, sinks, layer,
-        float(scale), float(softcap or 0.0), int(window or 0), bool(causal),
+        float(scale), float(softcap or 0.0), int(window or 0), bool(causal), None, selected,
     )  # fmt: skip
     return out, None
 

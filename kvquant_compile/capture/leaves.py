@@ -10,17 +10,19 @@ without a state.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, DynamicCache
 
+from kvquant_compile.capture.edit import add_call
 from kvquant_compile.capture.markers import STATEFUL
+from kvquant_compile.capture.torch_internals import is_symbolic, size_hint
 from kvquant_compile.errors import UnsupportedLayerError
 
 STATES = "states"
@@ -49,8 +51,8 @@ class Leaf(nn.Module):
         """An empty cache, of which only the states are used."""
         return DynamicCache(config=self.config)
 
-    def forward(self, states: Cache | None, *tensors: Tensor) -> Tensor:
-        """The module's first output."""
+    def forward(self, states: Cache | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The module's outputs that are tensors."""
         cache = self.new_states() if states is None and self.has_state else states
         given = iter(tensors)
         filled = [
@@ -58,8 +60,8 @@ class Leaf(nn.Module):
             for leaf in self.leaves
         ]
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
-        output = self.module(*args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        outputs = pytree.tree_leaves(self.module(*args, **kwargs))
+        return tuple(output for output in outputs if isinstance(output, Tensor))
 
 
 @dataclass
@@ -114,6 +116,10 @@ class WatchedCache(DynamicCache):
         """As of the base class."""
         return self._noted(super().update_recurrent_state, args, kwargs)
 
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the base class."""
+        return self._noted(super().update_indexer, args, kwargs)
+
     def _noted(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.watch is not None and self.watch.stack:
             self.watch.note()
@@ -148,7 +154,7 @@ def opaque(watch: Watch, config: Any) -> Iterator[list[Leaf]]:
     """Every module with a state is one opaque op inside the block; the leaves come as they run.
 
     Raises (when such a module runs):
-        UnsupportedLayerError: it does not map one tensor to one of its shape.
+        UnsupportedLayerError: it gives no tensor, or is given a size.
     """
     leaves: list[Leaf] = []
     before = {module: module.__dict__.get("forward") for module in watch.users}
@@ -173,12 +179,16 @@ def _opaque_forward(
     def forward(*args: Any, **kwargs: Any) -> Any:
         values, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
         tensors = [value for value in values if isinstance(value, Tensor)]
-        kept = [_kept(value) for value in values]
-        like = _like(module, watch.outputs[module], tensors, kept)
-        leaves.append(Leaf(module, config, kept, spec))
-        result = STATEFUL(tensors, like, len(leaves) - 1)
-        output = watch.outputs[module]
-        return result if isinstance(output, Tensor) else (result, *([None] * (len(output) - 1)))
+        leaves.append(Leaf(module, config, [_kept(value) for value in values], spec))
+        parts, structure = pytree.tree_flatten(watch.outputs[module])
+        _check(module, parts, values)
+        results, place = list(parts), 0
+        for i, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                shape = _shape(part, tensors)
+                results[i] = STATEFUL(tensors, shape, part.dtype, len(leaves) - 1, place)
+                place += 1
+        return pytree.tree_unflatten(results, structure)
 
     return forward
 
@@ -189,23 +199,35 @@ def _kept(value: Any) -> Any:
     return _CACHE if isinstance(value, Cache) else value
 
 
-def _like(module: nn.Module, output: Any, tensors: list[Tensor], kept: list[Any]) -> int:
-    """Which input has the output's shape."""
-    parts = [output] if isinstance(output, Tensor) else list(output)
-    first = parts[0] if parts and isinstance(parts[0], Tensor) else None
-    single = all(part is None for part in parts[1:])
-    sizes = any(isinstance(value, torch.SymInt) for value in kept)
-    if first is not None and single and not sizes:
-        for i, tensor in enumerate(tensors):
-            same = (tensor.ndim, tensor.shape[-1]) == (first.ndim, first.shape[-1])
-            if same and tensor.is_floating_point():
-                return i
-    raise UnsupportedLayerError(
-        "a layer that cannot be traced cannot be called from the graph either",
-        where=type(module).__name__,
-        why="it does not map one tensor to one of its shape",
-        do="Report the model.",
-    )
+def _check(module: nn.Module, outputs: list[Any], values: list[Any]) -> None:
+    """Whether a call in the graph can stand for the module's."""
+    sizes = any(is_symbolic(value) for value in values)
+    if sizes or not any(isinstance(output, Tensor) for output in outputs):
+        raise UnsupportedLayerError(
+            "a layer that cannot be traced cannot be called from the graph either",
+            where=type(module).__name__,
+            why="it is given a size" if sizes else "it gives no tensor",
+            do="Report the model.",
+        )
+
+
+def _shape(output: Tensor, inputs: list[Tensor]) -> list[Any]:
+    """The sizes of an output of an eager run, by the tracer's sizes of the inputs.
+
+    Eager run and trace have the same sizes, so what is equal is the same: the batch where it
+    leads, lengths elsewhere.
+    """
+    known = [
+        (min(axis, 1), size)
+        for tensor in inputs
+        for axis, size in enumerate(tensor.shape)
+        if is_symbolic(size)
+    ]
+    sizes: list[Any] = []
+    for axis, length in enumerate(output.shape):
+        same = [size for at, size in known if at == min(axis, 1) and size_hint(size) == length]
+        sizes.append(same[0] if same else length)
+    return sizes
 
 
 def call_leaves(gm: fx.GraphModule, leaves: list[Leaf]) -> None:
@@ -218,15 +240,19 @@ def call_leaves(gm: fx.GraphModule, leaves: list[Leaf]) -> None:
         last = list(gm.graph.find_nodes(op="placeholder"))[-1]
         with gm.graph.inserting_after(last):
             states = gm.graph.placeholder(STATES, default_value=None)
+    calls: dict[int, fx.Node] = {}
     for node in nodes:
-        tensors, _, index = node.args
-        name = f"kvquant_leaf_{index}"
-        gm.add_submodule(name, leaves[index])
-        with gm.graph.inserting_before(node):
-            state = states if leaves[index].has_state else None
-            call = gm.graph.call_module(name, (state, *tensors))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
+        tensors, _, _, index, output = node.args
+        if index not in calls:
+            name = f"kvquant_leaf_{index}"
+            gm.add_submodule(name, leaves[index])
+            with gm.graph.inserting_before(node):
+                state = states if leaves[index].has_state else None
+                calls[index] = gm.graph.call_module(name, (state, *tensors))
+            calls[index].meta = {**node.meta, "val": []}
+        calls[index].meta["val"].append(node.meta["val"])
+        part = add_call(gm.graph, node, operator.getitem, (calls[index], output), node.meta["val"])
+        node.replace_all_uses_with(part)
         gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()

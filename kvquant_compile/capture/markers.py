@@ -4,10 +4,11 @@
     k, v: [B, Hkv, S, D]; returns the layer's whole keys and values, [B, Hkv, past + S, D].
 ``mask(padding?, batch, queries, past, kind, window, device) -> bool [B, 1, S, past + S]``
     kind is ``causal``, ``sliding`` or ``chunked``; window is the length of chunks then.
-``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?)``
-    returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi).
-``stateful(inputs, like, leaf) -> Tensor``
-    stands for a module with a state while tracing (see :mod:`.leaves`); never runs.
+``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?, selected?)``
+    returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi); selected
+    int [B, S, n] are the only keys that a query attends to (sparse attention).
+``stateful(inputs, shape, dtype, leaf, output) -> Tensor``
+    stands for an output of a module with a state while tracing (see :mod:`.leaves`); never runs.
 
 Fake implementations pretend that ``past`` is 0: every length is then S, and the past length never
 enters a shape of the captured graph, where it would leave guards such as ``past + S != 1``.
@@ -28,7 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvquant_compile.capture.reference import CHUNKED, exact_attention, exact_mask
+from kvquant_compile.capture.reference import (
+    CHUNKED,
+    chosen_keys,
+    exact_attention,
+    exact_mask,
+)
 from kvquant_compile.capture.torch_internals import is_fake, is_symbolic
 from kvquant_compile.errors import CacheError
 
@@ -41,9 +47,12 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, int layer, float scaling,"
-    " float softcap, int window, bool causal, Tensor? slopes=None) -> Tensor"
+    " float softcap, int window, bool causal, Tensor? slopes=None, Tensor? selected=None)"
+    " -> Tensor"
 )
-_LIBRARY.define("stateful(Tensor[] inputs, int like, int leaf) -> Tensor")
+_LIBRARY.define(
+    "stateful(Tensor[] inputs, SymInt[] shape, ScalarType dtype, int leaf, int output) -> Tensor"
+)
 
 
 def _need_no_past(past: int) -> None:
@@ -90,9 +99,13 @@ def _attend(
     window: int,
     causal: bool,
     slopes: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> Tensor:
     if is_fake(q, k, v):
         return _fake_attend(q, k, v)
+    if selected is not None:
+        chosen = chosen_keys(selected, k.shape[2])[:, None]
+        mask = chosen if mask is None else mask & chosen
     return exact_attention(q, k, v, mask, sinks, scaling, softcap, slopes)
 
 
@@ -126,9 +139,14 @@ for _name, _real, _fake in (
             _LIBRARY.impl(_name, _real, _key)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_LIBRARY)
 
-torch.library.register_fake(
-    f"{NAMESPACE}::stateful", lambda x, like, leaf: torch.empty_like(x[like]), lib=_LIBRARY
-)
+
+def _fake_stateful(
+    inputs: list[Tensor], shape: list[int], dtype: torch.dtype, leaf: int, output: int
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=inputs[0].device)
+
+
+torch.library.register_fake(f"{NAMESPACE}::stateful", _fake_stateful, lib=_LIBRARY)
 
 APPEND = torch.ops.kvquant_capture.append.default
 MASK = torch.ops.kvquant_capture.mask.default

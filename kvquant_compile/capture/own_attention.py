@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer
 
 from kvquant_compile.capture.attention_sites import mark_attention
 from kvquant_compile.capture.cache_inputs import mark_appends
 from kvquant_compile.capture.capture_cache import (
     CaptureHybridLayer,
+    CaptureIndexedLayer,
     CaptureLayer,
     Firings,
     capture_cache,
@@ -78,7 +79,7 @@ def plain_cache(config: Any, caches: list[Tensor]) -> DynamicCache:
             do="Report the model.",
         )
     cache.layers = [
-        DynamicLayer() if isinstance(layer, CaptureLayer) else layer for layer in cache.layers
+        _like(layer) if isinstance(layer, CaptureLayer) else layer for layer in cache.layers
     ]
     missing = len(caches) // 2 - len(_plain(cache))
     cache.layers += [DynamicLayer() for _ in range(missing)]
@@ -87,6 +88,11 @@ def plain_cache(config: Any, caches: list[Tensor]) -> DynamicCache:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
     return cache
+
+
+def _like(layer: CaptureLayer) -> DynamicLayer:
+    """An empty layer that keeps keys, values and, where the given one does, an index."""
+    return DynamicIndexedLayer() if isinstance(layer, CaptureIndexedLayer) else DynamicLayer()
 
 
 def _plain(cache: DynamicCache) -> list[tuple[int, DynamicLayer]]:

@@ -57,6 +57,14 @@ def exact_mask(
     return seen if real is None else seen & real[:, None, None]
 
 
+def chosen_keys(selected: Tensor, keys: int) -> Tensor:
+    """Places of keys as a mask: int [B, S, n] to bool [B, S, keys]; negative places are none."""
+    batch, queries, _ = selected.shape
+    chosen = torch.zeros(batch, queries, keys + 1, dtype=torch.bool, device=selected.device)
+    places = torch.where(selected < 0, keys, selected).long()
+    return chosen.scatter(2, places, torch.ones_like(places, dtype=torch.bool))[..., :keys]
+
+
 def exact_attention(
     q: Tensor,
     k: Tensor,

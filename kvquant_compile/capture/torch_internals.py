@@ -22,6 +22,11 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.SymInt)
 
 
+def size_hint(size: Any) -> int:
+    """The length that a tracer's symbol had in the example; asking for it adds no guard."""
+    return int(size.node.hint)
+
+
 def plain_calling_convention(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule over the same submodules, called with positional tensors and ints.
 

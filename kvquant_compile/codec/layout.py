@@ -141,6 +141,11 @@ class PageLayout:
         return self.spec.sink_tokens
 
     @property
+    def ring(self) -> int:
+        """Exact last tokens, which reach the pages later; here none."""
+        return 0
+
+    @property
     def exact_rows(self) -> int:
         """Rows of the exact tokens of one sequence."""
         return self.spec.sink_tokens

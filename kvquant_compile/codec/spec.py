@@ -90,6 +90,14 @@ class LayerTables:
     key_feedback: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
     value_feedback: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))
 
+    def __repr__(self) -> str:
+        heads, keys = self.key_table.shape
+        total = sum(t.nbytes for t in self.tensors().values())
+        return (
+            f"LayerTables({heads} heads x {self.key_scale.shape[1]}/{self.value_gain.shape[1]}, "
+            f"{keys}/{self.value_table.shape[1]} levels, {total:,} bytes)"
+        )
+
     def to(self, device: torch.device | str) -> LayerTables:
         """The same constants on another device."""
         return LayerTables(**{name: t.to(device) for name, t in self.tensors().items()})

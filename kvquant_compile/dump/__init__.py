@@ -27,7 +27,7 @@ def dumping(folder: str | Path | None, name: str) -> Observer:
         return SILENT
     from kvquant_compile.dump.record import Dump
 
-    return Dump(Path(folder) if folder is not None else _unused(Path(outer), name))
+    return Dump(Path(folder) if folder is not None else _unused(Path(outer), name), name)
 
 
 def _unused(outer: Path, name: str) -> Path:

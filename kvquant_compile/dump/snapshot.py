@@ -13,9 +13,10 @@ from kvquant_compile.capture.run import attribute
 from kvquant_compile.capture.source_lines import SourceLine, source_line
 from kvquant_compile.passes.rewrite import REPLACES
 
-_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64",
-          "int64": "i64",
-          "int32": "i32", "uint8": "u8", "int8": "i8", "bool": "bool", "complex64": "c64"}  # fmt: skip
+_SHORT = {
+    "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "complex64": "c64",
+    "int64": "i64", "int32": "i32", "uint8": "u8", "int8": "i8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

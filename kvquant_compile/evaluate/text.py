@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,23 @@ from kvquant_compile.errors import OptionError
 
 
 def read_text(path: str | Path) -> str:
-    """A text file's content, UTF-8.
+    """A text file's content, UTF-8; of a ``.jsonl`` file the documents' ``"text"`` (as C4 comes),
+    joined by blank lines.
 
     Raises:
         OptionError: it cannot be read.
     """
+    path = Path(path)
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return content
+        return "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(
-            f"cannot read the text {path}", why=str(error), do="Pass a UTF-8 text file."
+            f"cannot read the text {path}",
+            why=f"{type(error).__name__}: {error}",
+            do='Pass a UTF-8 text file, or .jsonl with one {"text": ...} a line.',
         ) from error
 
 

@@ -147,7 +147,8 @@ def mask(layer: LayerReport) -> str:
     sizes = {"window": layer.window, "chunks of": layer.chunk}
     parts = [f"{name} {size}" for name, size in sizes.items() if size] or ["causal"]
     parts += [f"cap {layer.softcap:g}"] if layer.softcap else []
-    return ", ".join(parts + (["ALiBi"] if layer.position_bias else []))
+    more = {"ALiBi": layer.position_bias, "chosen keys": layer.selects}
+    return ", ".join(parts + [name for name, there in more.items() if there])
 
 
 def runs_by(layer: LayerReport) -> str:

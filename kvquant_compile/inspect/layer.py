@@ -32,6 +32,7 @@ class LayerReport:
         source: line of the model that rotates.
         window, softcap, chunk: of the attention; 0 for none.
         position_bias: whether scores fall with the distance (ALiBi).
+        selects: whether every query attends to keys of its choice only (sparse attention).
         recipe: name of the format.
         key_bits, value_bits: width of a code; of a recipe made of blocks, its own effective bits.
         slots: outlier slots of keys and values; "-" for such a recipe.
@@ -73,6 +74,7 @@ class LayerReport:
     certificate: Mapping[str, Any]
     chunk: int = 0
     position_bias: bool = False
+    selects: bool = False
     sites: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,7 +86,7 @@ def layer_report(
     plan = layer.plan
     site, cert = plan.attends[0], plan.certificate
     key_bits, value_bits, slots = _widths(layout)
-    special = bool(site.chunk or site.position_bias)
+    special = bool(site.chunk or site.position_bias or site.selects)
     fallback = refusal(layout, device) or (NO_KERNEL if special else "")
     channels = plan.key_dim + plan.value_dim - plan.latent
     return LayerReport(
@@ -113,6 +115,7 @@ def layer_report(
         certificate=dict(cert),
         chunk=site.chunk,
         position_bias=site.position_bias,
+        selects=site.selects,
         sites=_sites(layer),
         plan=_plan(plan, layout),
     )

@@ -115,15 +115,13 @@ class Report:
 
         return as_text(self)
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         from kvquant_compile.inspect.notebook import as_html
 
         return as_html(self)
-
-
-def describe_decode(refusal: str) -> str:
-    """How decode steps run; ``refusal`` is why not as a CUDA graph."""
-    return f"eager, no CUDA graph: {refusal}" if refusal else "CUDA graph"
 
 
 def build_report(

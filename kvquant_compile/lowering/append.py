@@ -117,7 +117,7 @@ def _append_chunk(
     merged = [_merge(o, n, span) for o, n in zip(before, new, strict=True)]
     packed = _pack(layout, merged)
     write_pages(pages, ids[span.used], packed.transpose(1, 2)[span.used])
-    _store_sinks(sinks, torch.cat([key, value.to(key.dtype)], -1), slots)
+    store_sinks(sinks, torch.cat([key, value.to(key.dtype)], -1), slots)
 
 
 def _span(slots: Tensor) -> Span:
@@ -188,7 +188,7 @@ def _pack(layout: PageLayout, codes: list) -> Tensor:
     return pack_quantised(layout, codes[0], codes[1])
 
 
-def _store_sinks(sinks: Tensor, tokens: Tensor, slots: Tensor) -> None:
+def store_sinks(sinks: Tensor, tokens: Tensor, slots: Tensor) -> None:
     """Keep the tokens whose place is below the number of sinks exactly."""
     row, step = ((slots >= 0) & (slots < sinks.shape[2])).nonzero(as_tuple=True)
     if row.numel():

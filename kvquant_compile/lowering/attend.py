@@ -20,13 +20,13 @@ from kvquant_compile.codec.layout import PageLayout, unpack_raw
 from kvquant_compile.codec.order import reorder
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.lowering import blocks
+from kvquant_compile.lowering.flash import history_by_flash, own_by_flash
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.lowering.read import read_keys, read_values
 from kvquant_compile.lowering.softmax import OnlineSoftmax
-from kvquant_compile.lowering.torch_internals import causal_flash
 
-BLOCK_PAGES = 16
-QUERY_TILE = 512
+BLOCK_PAGES = 64
+QUERY_TILE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,7 @@ class Site:
     sink_logits: Tensor | None
     slopes: Tensor | None = None
     chunk: int = 0
+    selected: Tensor | None = None
 
 
 def attend(
@@ -82,7 +83,8 @@ def attend(
         value: [B, H, S, value_dim], the step's own values.
         slots, history: see :mod:`kvquant_compile.lowering.ops`; padding gets zeros and -inf.
         cache: the layer's cache, the step already appended.
-        site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks.
+        site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks, and
+            which slots every query may see.
         exact_chunk: read the step's own tokens exactly instead of from the cache.
 
     Returns:
@@ -91,21 +93,31 @@ def attend(
     """
     stored = torch.maximum(history, slots.amax(1) + 1)
     limit = history if exact_chunk else stored
-    own = _own_by_flash(query, key, value, slots, site) if exact_chunk else None
+    own = own_by_flash(query, key, value, slots, site) if exact_chunk else None
     if own is not None and site.sink_logits is None and not int(limit.max()):
         return own[0].transpose(1, 2).to(query.dtype).contiguous(), own[1]
-    heads = cache.storage.heads
+    heads, lossless = cache.storage.heads, cache.storage.lossless
     groups = (heads, query.shape[1] // heads)
-    grouped = (reorder(query, cache.geometry[1]).float() * site.scale).unflatten(1, groups)
+    ordered = reorder(query, cache.geometry[1]).unflatten(1, groups)
+    grouped = ordered.float() * site.scale
     state = OnlineSoftmax(grouped.shape[:-1], value.shape[-1], query.device)
     for first, keys, values in _blocks(cache, slots, limit, stored, site.window, query):
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
         visible = _visible(slots, first, hidden, limit, site.window, site.chunk)
+        if site.selected is not None:
+            chosen = site.selected[:, :, places]
+            visible = chosen if visible is None else visible & chosen
+        if (
+            visible is None
+            and not lossless
+            and history_by_flash(state, ordered, keys, values, site)
+        ):
+            continue
         bias = _bias(site, slots, _places(first, keys), groups)
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
-        state.merge(*(x.float().unflatten(1, groups) for x in own))
+        state.merge(slice(None), *(x.unflatten(1, groups) for x in own))
     elif exact_chunk:
         _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
     output, lse = state.result(site.sink_logits)
@@ -130,8 +142,10 @@ def _blocks(
     for page in range(start, end, BLOCK_PAGES):
         last = min(end, page + BLOCK_PAGES)
         keys, values = read_block(cache, page, last, stored, query.dtype)
-        places = slice(page * PAGE_TOKENS, last * PAGE_TOKENS)
-        yield places.start, rotate(keys, cache.positions[:, places], cache), values
+        first = page * PAGE_TOKENS
+        count = min(int(limit.max()), last * PAGE_TOKENS) - first
+        keys, values = keys[:, :, :count], values[:, :, :count]
+        yield first, rotate(keys, cache.positions[:, first : first + count], cache), values
 
 
 def read_block(
@@ -197,21 +211,6 @@ def _same_chunk(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
     return queries.div(chunk, rounding_mode="floor") == keys.div(chunk, rounding_mode="floor")
 
 
-def _own_by_flash(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
-) -> tuple[Tensor, Tensor] | None:
-    """The step's own tokens by torch's flash kernel, the very one the original model runs.
-
-    Returns:
-        output [B, Hq, S, D] and log-sum-exp [B, Hq, S]; None where it cannot: it does plain causal
-        attention of several tokens, none of them padding.
-    """
-    plain = not (site.softcap or site.window or site.chunk or site.slopes is not None)
-    if slots.shape[1] == 1 or not plain or not bool((slots >= 0).all()):
-        return None
-    return causal_flash(query, key, value, site.scale)
-
-
 def _attend_own(
     state: OnlineSoftmax, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
 ) -> None:
@@ -225,6 +224,9 @@ def _attend_own(
             seen = seen & (own[:, None] > slots[..., None] - site.window)
         if site.chunk:
             seen = seen & _same_chunk(slots[..., None], own[:, None], site.chunk)
+        if site.selected is not None:
+            places = own.clamp(min=0).long()[:, None].expand(-1, slots.shape[1], -1)
+            seen = seen & site.selected.gather(2, places)
         tile = slice(start, start + block)
         keys, values = key[:, :, tile].float(), value[:, :, tile].float()
         bias = _bias(site, slots, own, (query.shape[1], query.shape[2]))

@@ -12,7 +12,10 @@ from kvquant_compile.codec.algebra.recipe import Recipe, RecipeTables
 from kvquant_compile.codec.formats import Format, Layout, Tables
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.order import gather_index, key_order, sorted_turns, stored_tables
+from kvquant_compile.logs import logger
 from kvquant_compile.plan import LayerPlan
+
+_log = logger("lowering")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,9 @@ class LayerConstants:
     query_order: Tensor
     frequencies: Tensor
     rope_scale: Tensor
+
+    def __repr__(self) -> str:
+        return f"LayerConstants({self.layout}, {len(self.tables)} tables)"
 
     def arguments(self) -> tuple[list[Tensor], list[Tensor]]:
         """(tables, geometry) as the ops take them."""
@@ -65,6 +71,7 @@ def lower_layer(
         scale = torch.tensor([plan.rope.scale] * len(pairs) + [1.0] * still)
     order = gather_index(order_of_keys, plan.key_dim).to(device)
     lowered = {} if tables is None else _lowered(tables.to(device), order)
+    _log.debug("layer %d: %s, %d tables", plan.index, layout, len(lowered))
     return LayerConstants(
         layout,
         list(lowered.values()),

@@ -12,6 +12,8 @@ Both take the cache as plain tensors, so that graphs can be exported, compiled a
 * ``tables``, ``geometry``: the layer's constants (:class:`~.constants.LayerConstants`).
 * ``format``: the page layout as a string.
 * ``chunk``: a query sees the keys of its own chunk of so many slots only; 0 for no chunks.
+* ``selected``: bool [B, S, n], which slots every query may attend to at all; n at least the tokens
+  of the longest sequence.
 * ``slopes``: float32 [Hq]; a score changes by ``slope * (key's slot - query's)`` (ALiBi).
 """
 
@@ -38,7 +40,7 @@ _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor history, Tensor table,"
     " Tensor positions, Tensor[] pages, Tensor sinks, Tensor[] tables, Tensor[] geometry,"
     " Tensor? sink_logits, float scale, float softcap, int window, bool exact_chunk, str format,"
-    " Tensor? slopes=None, int chunk=0) -> (Tensor, Tensor)"
+    " Tensor? slopes=None, int chunk=0, Tensor? selected=None) -> (Tensor, Tensor)"
 )
 
 
@@ -55,7 +57,9 @@ def _append_impl(
 ) -> None:
     # The cache must not drag the step's autograd graph along.
     with torch.no_grad(), _precise(key):
-        run = _dispatch.append if _dispatch.use_kernels(key, format) else _append.append
+        run = _cpp.append_implementation(key, format) or _append.append
+        if _dispatch.use_kernels(key, format):
+            run = _dispatch.append
         run(key, value, slots, table, pages, sinks, tables, geometry, format)
 
 
@@ -79,11 +83,12 @@ def _attend_impl(
     format: str,
     slopes: Tensor | None = None,
     chunk: int = 0,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
-    site = _attend.Site(scale, softcap, window, sink_logits, slopes, chunk)
-    plain = slopes is None and not chunk
-    run = (_cpp.implementation(query, format) if plain else None) or _attend.attend
+    site = _attend.Site(scale, softcap, window, sink_logits, slopes, chunk, selected)
+    plain = slopes is None and selected is None and not chunk
+    run = (_cpp.attend_implementation(query, format) if plain else None) or _attend.attend
     if plain and _dispatch.use_kernels(query, format):
         run = _dispatch.attend
     with _precise(query):

@@ -33,13 +33,16 @@ class OnlineSoftmax:
         product = (weights.flatten(2, 3) @ values).unflatten(2, weights.shape[2:4])
         self.total[..., tile, :] = self.total[..., tile, :] * decay[..., None] + product
 
-    def merge(self, output: Tensor, lse: Tensor) -> None:
-        """Add a finished softmax: outputs [B, H, G, S, D] and log-sum-exps [B, H, G, S]."""
-        peak = torch.maximum(self.peak, lse)
+    def merge(self, tile: slice, output: Tensor, lse: Tensor) -> None:
+        """Add finished softmaxes: outputs [B, H, G, s, D] and log-sum-exps [B, H, G, s]."""
+        before = self.peak[..., tile]
+        peak = torch.maximum(before, lse)
         shift = torch.where(peak == -torch.inf, 0.0, peak)
-        decay, weight = (self.peak - shift).exp(), (lse - shift).exp()
-        self.peak, self.mass = peak, self.mass * decay + weight
-        self.total = self.total * decay[..., None] + output * weight[..., None]
+        decay, weight = (before - shift).exp(), (lse - shift).exp()
+        self.peak[..., tile] = peak
+        self.mass[..., tile] = self.mass[..., tile] * decay + weight
+        total = self.total[..., tile, :]
+        total.mul_(decay[..., None]).addcmul_(output.float(), weight[..., None])
 
     def result(self, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs [B, H, G, S, D] and log-sum-exps [B, H, G, S]; zeros where nothing was seen.

@@ -35,6 +35,30 @@ def causal_flash(
     return output, lse.float()
 
 
+def whole_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Attention of every query to all keys on a CPU, with its log-sum-exp, by torch's flash kernel.
+
+    Args:
+        query: [B, H, G, S, D], G query heads of every kv head.
+        key, value: [B, H, N, D] of the query's dtype.
+        scale: of the scores.
+
+    Returns:
+        (output [B, H, G, S, D], log-sum-exp [B, H, G, S] float32), or None where the kernel
+        cannot serve: another device, unequal widths, or a torch without it.
+    """
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if kernel is None or query.device.type != "cpu" or key.shape[-1] != value.shape[-1]:
+        return None
+    groups = query.shape[2:4]
+    # The kernel takes channels for neighbours and does not look.
+    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (query.flatten(2, 3), key, value))
+    output, lse = kernel(*rows, 0.0, False, scale=scale)
+    return output.unflatten(2, groups), lse.float().unflatten(2, groups)
+
+
 def device_flash(
     query: Tensor,
     key: Tensor,

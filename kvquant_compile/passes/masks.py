@@ -20,7 +20,8 @@ def attend_plan(attend: fx.Node) -> AttendPlan:
     Raises:
         UnsupportedLayerError: its mask is no causal, sliding or chunked mask marker.
     """
-    query, _, _, mask, sinks, layer, scaling, softcap, window, causal, *bias = attend.args
+    query, _, _, mask, sinks, layer, scaling, softcap, window, causal, *more = attend.args
+    slopes, selected = (*more, None, None)[:2]
     assert isinstance(query, fx.Node)
     kind, size = mask_window(mask, causal=bool(causal), window=window, where=f"layer {layer}")
     return AttendPlan(
@@ -30,7 +31,8 @@ def attend_plan(attend: fx.Node) -> AttendPlan:
         window=size if kind == SLIDING else 0,
         chunk=size if kind == CHUNKED else 0,
         sink_logits=sinks is not None,
-        position_bias=bool(bias),
+        position_bias=slopes is not None,
+        selects=selected is not None,
     )
 
 

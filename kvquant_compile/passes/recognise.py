@@ -12,12 +12,15 @@ from torch import fx
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.edit import add_call, add_transpose
 from kvquant_compile.capture.markers import APPEND, ATTEND
+from kvquant_compile.logs import logger
 from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.absorb import LATENT, absorb
 from kvquant_compile.passes.masks import attend_plan
 from kvquant_compile.passes.prove import Proof, Prover
 from kvquant_compile.passes.taint import float_value
 from kvquant_compile.plan import LayerPlan, RopeSpec
+
+_log = logger("passes")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class MatchedLayer:
     key: fx.Node
     value: fx.Node
     attends: tuple[fx.Node, ...]
+
+    def __repr__(self) -> str:
+        return f"MatchedLayer({self.plan!r}, stores {self.key_pre} and {self.value})"
 
 
 def recognise(captured: Captured, observer: Observer = SILENT) -> tuple[MatchedLayer, ...]:
@@ -65,6 +71,9 @@ def recognise(captured: Captured, observer: Observer = SILENT) -> tuple[MatchedL
     graph.lint()
     captured.graph_module.recompile()
     observer.graph("recognised", captured.graph_module)
+    for layer in matched:
+        _log.info("matched %r", layer.plan)
+        _log.debug("layer %d: certificate %s", layer.plan.index, layer.plan.certificate)
     return matched
 
 

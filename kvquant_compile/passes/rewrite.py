@@ -17,20 +17,24 @@ from typing import Any
 
 from torch import fx
 
-from kvquant_compile.capture.markers import MARKERS
+from kvquant_compile.capture.markers import MARKERS, MASK
+from kvquant_compile.logs import logger
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants
+from kvquant_compile.lowering.selection import selected_slots, step_mask
 from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.device_past import positions_from_slots
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import AttendPlan
 
-STEP_INPUTS = ("slots", "history", "table", "positions", "exact_chunk")
+STEP_INPUTS = ("slots", "history", "table", "positions", "exact_chunk", "slot_columns")
 # Names of the buffers that hold calibrated constants.
 CONSTANT_PREFIX = "kvquant_"
 # In the meta of an op of the rewritten graph: the name of the marker that it stands for.
 REPLACES = "kvquant_replaces"
 _GEOMETRY = ("key_order", "query_order", "frequencies", "rope_scale")
+
+_log = logger("passes")
 
 
 def rewrite(
@@ -64,12 +68,16 @@ def rewrite(
     positions_from_slots(gm, step["slots"])
     observer.graph("positions from slots", gm)
     graph.eliminate_dead_code()
+    for mask in graph.find_nodes(op="call_function", target=MASK):  # a module reads it itself
+        mask.target = step_mask
     _drop_unused_inputs(graph)
     graph.lint()
     gm.recompile()
     observer.graph("dead code eliminated", gm)
     left = [n for n in graph.nodes if n.target in MARKERS]
     assert not left, f"markers left after the rewrite: {left}"
+    _log.info("rewritten: %d layers, %d nodes before, %d after", len(layers),
+              len(source.graph.nodes), len(graph.nodes))  # fmt: skip
     return gm
 
 
@@ -120,9 +128,13 @@ def _replace_attend(
     constants: LayerConstants,
 ) -> None:
     query, sink_logits = old.args[0], old.args[4]
-    slopes = old.args[10] if plan.position_bias else None
-    extra = (slopes, plan.chunk) if plan.chunk else (slopes,) if plan.position_bias else ()
+    slopes, selected = (*old.args[10:], None, None)[:2]
     with graph.inserting_before(old):
+        if plan.selects:
+            args = (selected, step["slot_columns"])
+            extra: tuple[Any, ...] = (slopes, plan.chunk, graph.call_function(selected_slots, args))
+        else:
+            extra = (slopes, plan.chunk) if plan.chunk else (slopes,) if plan.position_bias else ()
         new = graph.call_function(
             ops.attend,
             (query, *operands, sink_logits, plan.scale, plan.softcap, plan.window,

@@ -58,7 +58,7 @@ def carries_tensor(node: fx.Node) -> bool:
 
 def is_barrier(node: fx.Node) -> bool:
     """Whether a node ends the search for a rotation."""
-    return node.op == "placeholder" or str(node.target).startswith(_BARRIERS)
+    return node.op in ("placeholder", "call_module") or str(node.target).startswith(_BARRIERS)
 
 
 def taint(graph: fx.Graph, *data_inputs: fx.Node) -> Taint:

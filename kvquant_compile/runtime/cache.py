@@ -1,13 +1,14 @@
 """The quantised key-value cache, as transformers' ``Cache``.
 
 Tokens live in pages of 64, allocated as they come and reached through a block table; a page never
-moves. Every sequence of a batch is compact: padding is not stored, and a token's *slot* is its
-rank among the real tokens of its sequence. ``columns`` counts what transformers counts, padding
-included.
+moves, and sequences may share it (:mod:`kvquant_compile.runtime.paged`). Every sequence of a batch
+is compact: padding is not stored, and a token's *slot* is its rank among the real tokens of its
+sequence. ``columns`` counts what transformers counts, padding included.
 
 A step changes nothing that is visible until :meth:`QuantizedCache.commit`: it writes into slots
 at or above the sequence's length only, so a step that fails in the middle leaves the cache as it
-was. (Recurrent states of hybrid models are the exception: their modules change them in place.)
+was. What cannot be taken back (recurrent states of hybrid models are changed in place) leaves a
+cache that says so on its next use.
 
 Device state is changed in place where its shape stays; where not, ``storage`` is replaced: while
 it is the same object every tensor has kept its address, so that a captured graph may be replayed.
@@ -16,25 +17,30 @@ A step without padding waits for the device once, to compare a mask, or without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttentionLayer
 
 from kvquant_compile.codec.formats import Layout
-from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import CacheError
+from kvquant_compile.runtime.cache_checks import (
+    check_alive,
+    check_batch,
+    check_crop,
+    check_mask,
+    check_room,
+)
 from kvquant_compile.runtime.columns import Columns
 from kvquant_compile.runtime.identity import Identity
 from kvquant_compile.runtime.layer import QuantizedLayer
-
-# How far beyond the present a reserved cache allocates at once, in tokens of a sequence: a
-# generation that stops early wastes no more, and a long one grows about once in so many steps.
-AHEAD = 1024
+from kvquant_compile.runtime.paged import PagedStorage
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +84,7 @@ class QuantizedCache(Cache):
         super().__init__(layers=[QuantizedLayer(layout, self) for layout in layouts])
         self.dtype, self.device, self.most = dtype, device, most
         self.new_states, self.identity = states, identity
+        self.paged = PagedStorage(self.pages, dtype, device)
         self.reset()
 
     @property
@@ -87,15 +94,40 @@ class QuantizedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything and free the pages."""
-        for layer in self.pages:
-            layer.slabs, layer.sinks = [], torch.empty(0)
-        self.columns, self.batch, self.reserved = 0, 0, 0
+        self.paged.reset()
+        self.columns, self.reserved, self.broken = 0, 0, ""
         self.masks = Columns()
         self.states = self.new_states()
-        self.storage = object()
-        self.table = torch.empty(0, 0, dtype=torch.int32, device=self.device)
-        self.positions = torch.empty(0, 0, dtype=torch.int32, device=self.device)
-        self.lengths = torch.empty(0, dtype=torch.int32, device=self.device)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first step."""
+        return self.batch or -1
+
+    @property
+    def batch(self) -> int:
+        """Sequences; 0 before the first step."""
+        return self.paged.batch
+
+    @property
+    def table(self) -> Tensor:
+        """Page of every 64 tokens, int32 [B, n]."""
+        return self.paged.table
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of every stored token, int32 [B, 64 n]; negative where it is hidden."""
+        return self.paged.positions
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens stored, int32 [B]."""
+        return self.paged.lengths
+
+    @property
+    def storage(self) -> object:
+        """Another object whenever a tensor of the cache has another address."""
+        return self.paged.token
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached columns, padding included."""
@@ -107,28 +139,16 @@ class QuantizedCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Let the next allocation reach for ``tokens`` columns, of which ``generate`` knows that
-        they will come; :data:`AHEAD` of the step's at most, or a sixteenth more."""
+        they will come; see :mod:`kvquant_compile.runtime.paged` for how far at once."""
         self.reserved = tokens
-
-    def adopt(self, table: Tensor, positions: Tensor, lengths: Tensor, columns: int) -> None:
-        """Take over another cache's bookkeeping; the caller brings pages, sinks and masks.
-
-        Args:
-            table: int32 [B, n]; no page twice.
-            positions: int32 [B, 64 n].
-            lengths: int32 [B].
-            columns: cached ones, padding included.
-        """
-        self.batch, self.columns, self.storage = len(lengths), columns, object()
-        moved = (tensor.to(self.device, copy=True) for tensor in (table, positions, lengths))
-        self.table, self.positions, self.lengths = moved
 
     def begin(self, positions: Tensor, attention_mask: Tensor | None) -> Step:
         """Prepare a step: allocate its pages and decide where its tokens go.
 
         Args:
             positions: int [B, S] RoPE positions of the step's tokens.
-            attention_mask: [B, columns + S], nonzero for real tokens; None when none is padded.
+            attention_mask: [B, columns + S], nonzero for real tokens; None when none is padded,
+                nor hidden any more.
 
         Raises:
             CacheError: the batch size differs from the cached one, the mask contradicts what
@@ -147,14 +167,23 @@ class QuantizedCache(Cache):
         Raises:
             CacheError: as :meth:`begin`.
         """
-        self._check_room(steps)
-        self._check_batch(batch)
+        check_alive(self.broken)
+        check_room(self.columns + steps, self.most)
+        if self.columns:
+            check_batch(batch, self.batch)
+        if attention_mask is not None:
+            check_mask(attention_mask, batch, self.columns, steps)
+        if batch != self.batch:
+            self.paged.reset()
+            self.paged.start(batch)
+            self.masks = Columns()
         real = None
         if attention_mask is not None:
-            self._check_mask(attention_mask, batch, steps)
             mask = attention_mask.to(self.device)
             real = self.masks.read(mask, self.columns, self.positions)
-        self._grow(batch, self.columns + steps)
+        else:
+            self.masks.show_all(self.columns, self.positions)
+        self.paged.prepare(self.columns + steps, self.reserved)
         return real
 
     @torch.inference_mode(False)
@@ -198,24 +227,15 @@ class QuantizedCache(Cache):
             CacheError: the number is positive, or more than is cached, or a recurrent state
                 cannot go back.
         """
+        check_alive(self.broken)
+        check_crop(tokens_to_remove, self.columns, self.states is not None)
         count = -tokens_to_remove
-        if not 0 <= count <= self.columns:
-            raise CacheError(
-                f"cannot crop by {tokens_to_remove}",
-                why=f"{self.columns} tokens are cached, and crop takes minus the number to drop",
-                do="Pass a number between -length and 0.",
-            )
         if count == 0:
             return
-        if self.states is not None:
-            raise CacheError(
-                f"cannot crop by {tokens_to_remove}",
-                why="layers of the model keep a recurrent state, which cannot go back",
-                do="Start again from an empty cache.",
-            )
         dropped = self.masks.drop(self.columns, count)
         self.lengths.sub_(count if dropped is None else dropped)
         self.columns -= count
+        self.paged.unsettle()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i a copy of row ``beam_idx[i]`` (beam search)."""
@@ -229,36 +249,74 @@ class QuantizedCache(Cache):
     @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` [n], in this order, repeats allowed."""
+        check_alive(self.broken)
         if self.batch == 0:
             return
         rows = torch.arange(self.batch, device=self.device)[indices.to(self.device)]
-        ids = self.table[rows].flatten().long()
-        for layer in self.pages:
-            layer.select(ids, rows)
-        self.masks.select(rows)
-        for state in self.recurrent_layers():
-            state.reorder_cache(rows)  # type: ignore[arg-type]
-        positions, lengths = self.positions[rows], self.lengths[rows]
-        width, batch = self.table.shape[1], rows.numel()
-        table = torch.arange(batch * width, dtype=torch.int32, device=self.device)
-        if batch != self.batch:
-            self.batch, self.storage = batch, object()
-            self.positions, self.lengths = positions, lengths
-            self.table = table.view(batch, width)
-            return
-        self.positions.copy_(positions)
-        self.lengths.copy_(lengths)
-        self.table.copy_(table.view(batch, width))
+        fewer = rows.numel() < self.batch
+        with self.undividable("choosing sequences"):
+            self.paged.select(rows)
+            self.masks.select(rows)
+            for state in self.state_layers():
+                state.reorder_cache(rows)  # type: ignore[arg-type]
+        if fewer:
+            self.paged.compact()
+
+    @contextmanager
+    def undividable(self, what: str) -> Iterator[None]:
+        """If the block raises, the cache refuses to be used until it is reset."""
+        try:
+            yield
+        except BaseException:
+            self.broken = what
+            raise
+
+    @torch.inference_mode(False)
+    def fork(self, count: int = 1) -> QuantizedCache:
+        """A cache with every sequence ``count`` times, to be continued apart from this one.
+
+        Both share the pages that are full; what either adds goes to pages of its own
+        (copy-on-write), so that many continuations of one prompt hold it once. This cache may be
+        continued, cropped, reset or dropped as before.
+
+        Raises:
+            CacheError: ``count`` is no positive number, or the cache can no longer be used.
+        """
+        check_alive(self.broken)
+        if count < 1:
+            raise CacheError(
+                f"cannot fork a cache {count} times",
+                why="a cache without sequences holds nothing",
+                do="Pass the number of continuations, 1 or more.",
+            )
+        layouts = [layer.layout for layer in self.pages]
+        other = QuantizedCache(
+            layouts, self.dtype, self.device, self.most, self.new_states, self.identity
+        )
+        other.columns = self.columns
+        if self.batch:
+            rows = torch.arange(self.batch, device=self.device).repeat_interleave(count)
+            self.paged.lend(other.paged, rows)
+            other.masks = self.masks.copied(rows)
+            other.states = copy.deepcopy(self.states)
+            for state in other.state_layers():
+                state.reorder_cache(rows)  # type: ignore[arg-type]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedCache:
+        """A fork: equal to a copy in all but memory."""
+        return self.fork()
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file, which :func:`kvquant_compile.load_cache` reads.
 
         Raises:
-            CacheError: the cache belongs to no optimised model.
+            CacheError: the cache belongs to no optimised model, or can no longer be used.
             ArtifactError: the file cannot be written.
         """
         from kvquant_compile.runtime.saved import save
 
+        check_alive(self.broken)
         if self.identity is None:
             raise CacheError(
                 "this cache cannot be saved",
@@ -280,27 +338,35 @@ class QuantizedCache(Cache):
         )
 
     def nbytes(self) -> int:
-        """Every byte the cache has allocated: pages, exact tokens, block table, positions, and
-        recurrent states."""
+        """Every byte the cache has allocated: pages, exact tokens, block table, positions,
+        recurrent states and the keys of indices."""
         kept = [
             tensor
             for state in self.recurrent_layers()
             for tensor in (*state.conv_states.values(), *state.recurrent_states.values())
-        ]
+        ] + [layer.indexer_keys for layer in self.indexed_layers()]
         return self._paged_bytes() + sum(t.nbytes for t in kept if t is not None)
 
     def _paged_bytes(self) -> int:
-        shared = (self.table, self.positions, self.lengths)
-        total = sum(t.nbytes for t in shared) + self.masks.nbytes()
-        return total + sum(layer.nbytes() for layer in self.pages)
+        return self.paged.nbytes() + self.masks.nbytes()
+
+    def state_layers(self) -> list[LinearAttentionLayer | DynamicIndexedLayer]:
+        """The layers that keep something besides keys and values."""
+        return [*self.recurrent_layers(), *self.indexed_layers()]
 
     def recurrent_layers(self) -> list[LinearAttentionLayer]:
         """The layers that keep a recurrent state, in order."""
         layers = [] if self.states is None else self.states.layers
         return [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
 
+    def indexed_layers(self) -> list[DynamicIndexedLayer]:
+        """The layers that keep an index of their tokens (sparse attention), in order."""
+        layers = [] if self.states is None else self.states.layers
+        return [layer for layer in layers if isinstance(layer, DynamicIndexedLayer)]
+
     def effective_bits(self) -> float:
-        """Allocated bits per cached key or value element, all but recurrent states counted."""
+        """Allocated bits per cached key or value element; recurrent states and indices, which
+        stay what they are in the original, are not counted."""
         tokens = int(self.lengths.sum())
         widths = (x.layout.heads * (x.layout.key_dim + x.layout.value_dim) for x in self.pages)
         elements = tokens * sum(widths)
@@ -312,61 +378,3 @@ class QuantizedCache(Cache):
             f"QuantizedCache({len(self.layers)} layers {'/'.join(sorted(kinds))}, batch "
             f"{self.batch}, {self.columns} tokens, {self.nbytes():,} bytes)"
         )
-
-    def _check_batch(self, batch: int) -> None:
-        if self.batch == 0:
-            self.batch, self.storage = batch, object()
-            self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
-            self.table = self.table.new_empty(batch, 0)
-            self.positions = self.positions.new_empty(batch, 0)
-        elif batch != self.batch:
-            raise CacheError(
-                f"a batch of {batch} does not continue this cache",
-                why=f"it holds {self.batch} sequences",
-                do="Use one cache per batch, or batch_repeat_interleave / batch_select_indices.",
-            )
-
-    def _check_room(self, steps: int) -> None:
-        if self.most is not None and self.columns + steps > self.most:
-            raise CacheError(
-                f"{self.columns + steps} tokens are more than the model has positions for",
-                why=f"its tables of positions end after {self.most}",
-                do="Stop there, or give the model longer ones.",
-            )
-
-    def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:
-        if mask.shape != (batch, self.columns + steps):
-            raise CacheError(
-                f"an attention mask of shape {tuple(mask.shape)} does not fit",
-                why=f"{self.columns} cached and {steps} new tokens in {batch} sequences need "
-                f"({batch}, {self.columns + steps})",
-                do="Pass a 2-D mask over cached and new tokens, or none.",
-            )
-
-    def _grow(self, batch: int, columns: int) -> None:
-        """Have pages for ``columns`` tokens of every sequence."""
-        have = self.table.shape[1]
-        if columns <= have * PAGE_TOKENS:
-            return
-        added = self._added(columns)
-        start = batch * have
-        ids = torch.arange(start, start + batch * added, dtype=torch.int32, device=self.device)
-        for layer in self.pages:
-            layer.allocate(batch, batch * added, self.device, self.dtype)
-        self.table = torch.cat([self.table, ids.view(batch, added)], 1)
-        fresh = self.positions.new_zeros(batch, added * PAGE_TOKENS)
-        self.positions = torch.cat([self.positions, fresh], 1)
-        self.storage = object()
-
-    def _added(self, columns: int) -> int:
-        """Pages to add to every sequence for ``columns`` tokens.
-
-        What is reserved counts where more is to come. Otherwise the first allocation is exact and
-        later ones add a sixteenth at least, so that the number of slabs stays logarithmic in the
-        length.
-        """
-        have = self.table.shape[1]
-        reserved = min(self.reserved, columns + max(AHEAD, columns // 16))
-        if reserved >= columns:
-            return -(-reserved // PAGE_TOKENS) - have
-        return max(-(-columns // PAGE_TOKENS) - have, have // 16)

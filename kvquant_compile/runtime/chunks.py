@@ -18,19 +18,19 @@ PREFILL_CHUNK = 32768
 its cache."""
 
 
-def check_chunk(chunk: int | None) -> int | None:
-    """``chunk`` if it is a length, or None for steps that are never cut.
+def check_chunk(chunk: int | None) -> None:
+    """Raise if ``chunk`` is neither a length nor None, for steps that are never cut.
 
     Raises:
         OptionError: it is neither.
     """
-    if chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0):
-        return chunk
-    raise OptionError(
-        f"prefill_chunk={chunk!r}",
-        why="it is the number of tokens that a step may have",
-        do="Pass a positive whole number, or None for no limit.",
-    )
+    whole = isinstance(chunk, int) and not isinstance(chunk, bool)
+    if chunk is not None and not (whole and chunk > 0):
+        raise OptionError(
+            f"prefill_chunk={chunk!r}",
+            why="it is the number of tokens that a step may have",
+            do="Pass a positive whole number, or None for no limit.",
+        )
 
 
 def in_chunks(

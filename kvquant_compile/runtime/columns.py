@@ -75,6 +75,13 @@ class Columns:
         real = seen[:, columns:]
         return None if bool(real.all()) else real
 
+    def show_all(self, columns: int, positions: Tensor) -> None:
+        """Show the tokens that masks have hidden: what no mask means. Arguments as of `read`;
+        padding, which is not stored, stays left out."""
+        if self.stored is not None and self.shown is not self.stored:
+            self._hide(self.stored[:, :columns], positions)
+            self.shown = self.stored
+
     def add(self, real: Tensor | None, columns: int, steps: int) -> None:
         """Count a step's tokens in, after ``columns`` cached ones; ``real`` as from `read`."""
         if real is not None and self.stored is None:
@@ -103,6 +110,13 @@ class Columns:
         same = self.shown is self.stored
         self.stored = None if self.stored is None else self.stored[rows]
         self.shown = self.stored if same or self.shown is None else self.shown[rows]
+
+    def copied(self, rows: Tensor) -> Columns:
+        """A copy with the rows, in this order."""
+        out = Columns()
+        out.stored, out.shown = self.stored, self.shown
+        out.select(rows)
+        return out
 
     def _buffers(self) -> list[Tensor]:
         if self.stored is None or self.shown is None:

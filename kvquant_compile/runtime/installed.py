@@ -11,6 +11,7 @@ from torch import nn
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError
+from kvquant_compile.logs import logger
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import PREFILL_CHUNK
@@ -18,6 +19,7 @@ from kvquant_compile.runtime.decode_graph import DecodeGraphs
 from kvquant_compile.runtime.program import Program
 
 ATTRIBUTE = "_kvquant"
+_log = logger("runtime")
 
 
 @dataclass(eq=False)
@@ -53,6 +55,9 @@ class Installed:
     own_cache: QuantizedCache | None = None
     decode: DecodeGraphs = field(init=False)
 
+    def __repr__(self) -> str:
+        return f"Installed({self.program!r}, {self.artifact!r})"
+
     def __post_init__(self) -> None:
         self.decode = DecodeGraphs(self.program, self.warn_once)
 
@@ -82,6 +87,7 @@ class Installed:
         """One warning per reason and model."""
         if reason not in self.warned and not self.quiet:
             self.warned.add(reason)
+            _log.info("warned: %s", reason)
             warnings.warn(f"kvquant_compile: {reason}", stacklevel=4)
 
 

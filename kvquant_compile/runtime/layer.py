@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class QuantizedLayer(CacheLayerMixin):
         self.layout, self.owner = layout, owner
         self.slabs: list[Tensor] = []
         self.sinks: Tensor = torch.empty(0)
+
+    def __repr__(self) -> str:
+        return f"QuantizedLayer({self.layout}, {len(self.slabs)} slabs, {self.nbytes():,} bytes)"
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: storage comes with the first step."""
@@ -57,30 +60,32 @@ class QuantizedLayer(CacheLayerMixin):
         """No maximum."""
         return -1
 
-    def allocate(self, batch: int, pages: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Add a slab of ``pages`` zeroed pages, and the sinks with the first."""
-        layout = self.layout
-        if not self.slabs:
-            shape = (batch, layout.heads, layout.exact_rows, layout.exact_width)
-            self.sinks = torch.zeros(shape, dtype=dtype, device=device)
-        # Zeros, not garbage: a NaN in an unused slot would survive its zero softmax weight.
-        shape_pages = (pages, layout.heads, layout.page_bytes)
-        self.slabs.append(torch.zeros(shape_pages, dtype=torch.uint8, device=device))
+    def refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        """What stands in for everything that would change one layer.
 
-    def select(self, ids: Tensor, rows: Tensor) -> None:
-        """Keep copies of the pages ``ids`` and of the rows' sinks, in this order; in place where
-        their number stays."""
-        stacked = self.slabs[0] if len(self.slabs) == 1 else torch.cat(self.slabs)
-        chosen, sinks = stacked.index_select(0, ids), self.sinks.index_select(0, rows)
-        if chosen.shape != stacked.shape:
-            self.slabs, self.sinks = [chosen], sinks
-            return
-        del stacked  # before anything else is allocated: it may be a copy of all pages
-        for slab, part in zip(
-            self.slabs, chosen.split([len(slab) for slab in self.slabs]), strict=True
-        ):
-            slab.copy_(part)
-        self.sinks.copy_(sinks)
+        Raises:
+            CacheError: always.
+        """
+        raise CacheError(
+            "one layer of a quantised cache cannot be changed on its own",
+            why="all layers share one block table, and none is kept on another device",
+            do="Call the method of the cache.",
+        )
+
+    reset = reorder_cache = crop = offload = prefetch = refuse
+    batch_repeat_interleave = batch_select_indices = refuse
+
+    def new_slab(self, pages: int, device: torch.device) -> Tensor:
+        """A slab of so many zeroed pages, uint8 [pages, heads, page_bytes]."""
+        # Zeros, not garbage: a NaN in an unused slot would survive its zero softmax weight.
+        shape = (pages, self.layout.heads, self.layout.page_bytes)
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+    def new_sinks(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Zeroed exact tokens [batch, heads, rows, width]."""
+        layout = self.layout
+        shape = (batch, layout.heads, layout.exact_rows, layout.exact_width)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def nbytes(self) -> int:
         """Allocated bytes of this layer."""

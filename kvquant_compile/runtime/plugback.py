@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.embedding import PER_LAYER, embedded, has_per_layer_inputs
 from kvquant_compile.errors import OptionError, UnsupportedModelError
+from kvquant_compile.logs import logger
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import in_chunks
 from kvquant_compile.runtime.generation import prepare_cache, refuse_continuous_batching
@@ -25,6 +26,8 @@ from kvquant_compile.runtime.given_mask import padding_of
 from kvquant_compile.runtime.handwritten import handwritten_forward, shelve, unshelve
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.program import Program
+
+_log = logger("runtime")
 
 
 def output_type(captured: Captured) -> type | None:
@@ -57,6 +60,7 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
         shelve(state)
     for module in (model, backbone):
         module.__dict__[ATTRIBUTE] = state
+    _log.info("%s runs %r", type(model).__name__, state.program)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -68,6 +72,7 @@ def uninstall(model: nn.Module) -> None:
         if name in state.before:
             module.__dict__[name] = state.before[name]
         module.__dict__.pop(ATTRIBUTE, None)
+    _log.info("%s runs as it was", type(model).__name__)
 
 
 def _replaced(state: Installed) -> list[tuple[nn.Module, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
 from kvquant_compile.runtime.cache import QuantizedCache, Step
 from kvquant_compile.runtime.identity import Identity
+from kvquant_compile.runtime.slot_columns import slot_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,11 @@ class Program:
     dtype: torch.dtype
     model: nn.Module
     tables: Mapping[int, Tables | None]
+
+    def __repr__(self) -> str:
+        kinds = "/".join(dict.fromkeys(layout.kind for layout in self.layouts))
+        nodes = len(self.graph_module.graph.nodes)
+        return f"Program({len(self.layouts)} layers {kinds}, {nodes} nodes, {self.device})"
 
     @functools.cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -94,8 +101,11 @@ class Program:
     ) -> Tensor:
         """:meth:`run` after the cache has admitted the step; ``real`` is what it answered."""
         step = cache.place(positions, real)
-        output = self.compute(inputs, cache, step, exact_chunk)
-        cache.commit(step)
+        # a recurrent state has gone on by then; pages have not changed below the old lengths
+        guard = nullcontext() if cache.states is None else cache.undividable("a step")
+        with guard:
+            output = self.compute(inputs, cache, step, exact_chunk)
+            cache.commit(step)
         return output
 
     def compute(
@@ -117,6 +127,8 @@ class Program:
             "positions": cache.positions,
             STATES: cache.states,
         }
+        if "slot_columns" in self.inputs:
+            values["slot_columns"] = slot_columns(cache, step)
         for index, layer in zip(self.indices, cache.pages, strict=True):
             values[f"pages_{index}"] = layer.slabs
             values[f"sinks_{index}"] = layer.sinks

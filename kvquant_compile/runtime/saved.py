@@ -133,24 +133,32 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 @torch.inference_mode(False)  # a later step may write outside inference mode
 def _fill(cache: QuantizedCache, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     table = tensors["table"].clone()
-    if not table.shape[0]:
+    batch, pages = len(table), int(table.max()) + 1 if table.numel() else 0
+    if not batch:
         return
-    pages = int(table.max()) + 1 if table.numel() else 0
     empty = table < 0
-    table[empty] = torch.arange(pages, pages + int(empty.sum()), dtype=torch.int32)
-    cache.adopt(table, tensors["positions"], tensors["lengths"], header["columns"])
+    count = pages + int(empty.sum())
+    table[empty] = torch.arange(pages, count, dtype=torch.int32)
     for index, layer in enumerate(cache.pages):
-        if pages:
-            layer.allocate(len(table), pages + int(empty.sum()), cache.device, cache.dtype)
-            layer.slabs[0][:pages].copy_(tensors[f"pages.{index}"])
-            layer.sinks.copy_(tensors[f"sinks.{index}"])
+        if count:
+            slab = layer.new_slab(count, cache.device)
+            slab[:pages].copy_(tensors[f"pages.{index}"])
+            layer.slabs, layer.sinks = [slab], tensors[f"sinks.{index}"].to(cache.device)
+    cache.paged.adopt(table, tensors["positions"], tensors["lengths"])
+    cache.columns = header["columns"]
     masks = {n: tensors[f"columns.{n}"] for n in ("stored", "shown") if f"columns.{n}" in tensors}
     cache.masks.restore({name: tensor.to(cache.device) for name, tensor in masks.items()})
     _restore_states(cache, header["states"], tensors)
 
 
+_INDEX = "index"
+
+
 def _states(cache: QuantizedCache) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, whether tokens have gone into it) of the recurrent states."""
+    """(name, tensor, whether tokens have gone into it) of recurrent states and indices."""
+    for index, indexed in enumerate(cache.indexed_layers()):
+        if indexed.indexer_keys is not None:
+            yield f"states.{index}.{_INDEX}.0", indexed.indexer_keys, True
     for index, layer in enumerate(cache.recurrent_layers()):
         for kind in ("conv", "recurrent"):
             for place, tensor in getattr(layer, f"{kind}_states").items():
@@ -165,6 +173,9 @@ def _restore_states(
     layers: list[LinearAttentionLayer] = cache.recurrent_layers()
     for name in begun:
         _, index, kind, place = name.split(".")
+        if kind == _INDEX:
+            cache.indexed_layers()[int(index)].update_indexer(tensors[name].to(cache.device))
+            continue
         layer, at, saved = layers[int(index)], int(place), tensors[name].to(cache.device)
         if kind == "conv":
             layer.lazy_initialization(conv_states=saved, state_idx=at)

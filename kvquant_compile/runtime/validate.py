@@ -18,10 +18,12 @@ from kvquant_compile.capture.embedding import embedded
 from kvquant_compile.capture.hf_hooks import attention_by
 from kvquant_compile.codec.layout import lossless_spec
 from kvquant_compile.errors import ValidationError
+from kvquant_compile.logs import logger
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.program import Program, build_program
 from kvquant_compile.runtime.rounding import rounding_floor
 
+_log = logger("runtime")
 STEPS = (7, 1, 70)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Relative error by dtype that rounding may cause in up to ``USUAL_LAYERS`` layers."""
@@ -82,9 +84,9 @@ def _compare(
         hidden = _inputs(captured, ids, seen, positions, done)
         got = program.run(hidden, cache, positions, seen, exact)
         difference = (got - expected)[real].float().norm()
-        errors[f"{name}, {ids.shape[1]} tokens after {done}"] = float(
-            difference / expected[real].float().norm()
-        )
+        case = f"{name}, {ids.shape[1]} tokens after {done}"
+        errors[case] = float(difference / expected[real].float().norm())
+        _log.debug("lossless rewrite, %s: relative error %.1e", case, errors[case])
     return errors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from kvquant_compile.evaluate.needle import needle_cases, needle_score
 from kvquant_compile.evaluate.points import Point, grid_points
 from kvquant_compile.evaluate.results import Results, schema
 from kvquant_compile.evaluate.run import build
-from kvquant_compile.evaluate.selftest import sabotaged
-from kvquant_compile.evaluate.table import evaluate_table, program_logits
+from kvquant_compile.evaluate.selftest import sabotage_change, sabotaged
+from kvquant_compile.evaluate.table import evaluate_table, original_logits, program_logits
+from kvquant_compile.evaluate.text import read_text
 from kvquant_compile.progress import Progress
-from kvquant_compile.recipes.choice import choose
+from kvquant_compile.recipes import NAMED
+from kvquant_compile.recipes import choice as choice_module
+from kvquant_compile.recipes.choice import OURS, PUBLISHED, choose
 from tests.zoo import tiny
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(700))
@@ -51,6 +55,12 @@ def laboratory(path: Path | None = None, limit: int | None = 2, **options: Any) 
 @pytest.fixture(scope="module")
 def shared() -> Lab:
     return laboratory()
+
+
+@pytest.fixture(scope="module")
+def long() -> Lab:
+    """Windows longer than any recipe's exact tail."""
+    return laboratory(window=200, limit=1)
 
 
 def test_scores_are_those_of_the_table(shared: Lab) -> None:
@@ -177,6 +187,21 @@ def test_sabotage_of_the_cache_changes_every_measure(monkeypatch: pytest.MonkeyP
     assert broken[3][::2] == honest[3][::2]
 
 
+@pytest.mark.parametrize("recipe", [OURS, PUBLISHED, *NAMED])
+def test_no_recipe_is_silently_the_original(
+    recipe: str, long: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every recipe's scores come from what it stores: its errors show, and so does sabotage."""
+    few = functools.partial(NAMED["rvq"], entries=16, steps=2)
+    monkeypatch.setattr(choice_module, "NAMED", {**NAMED, "rvq": few})
+    program = long.program(Point(recipe, "" if recipe == "fp8" else "2"))
+    captured, ids = long.prepared.captured, long.windows[0]
+    exact = original_logits(captured)(ids)
+    read = program_logits(captured, program)[0](ids)
+    assert float((read - exact).norm() / exact.norm()) > 3e-3
+    assert sabotage_change(captured, program) > 1e-2
+
+
 def test_agreement_ends_where_a_generation_of_its_own_leaves_the_original(shared: Lab) -> None:
     logits, _ = shared.candidate(TWO)
     runs = shared._greedy(40)
@@ -270,3 +295,14 @@ def test_the_schema_refuses_damaged_results(shared: Lab) -> None:
         damage(next(r for r in bad["results"] if r["identity"]["measure"] == "score"))
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(bad, schema())
+
+
+def test_documents_are_read_from_jsonl(tmp_path: Path) -> None:
+    """C4 comes as one document a line."""
+    path = tmp_path / "sample.jsonl"
+    path.write_text('{"text": "one\\ntwo", "url": "a"}\n{"text": "three"}\n')
+    assert read_text(path) == "one\ntwo\n\nthree"
+    for wrong in ('{"content": "x"}', "no json", "[1]"):
+        path.write_text(wrong)
+        with pytest.raises(OptionError, match="cannot read the text"):
+            read_text(path)

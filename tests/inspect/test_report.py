@@ -12,8 +12,8 @@ from tests.zoo import tiny, tokens
 
 TEXT = tokens(4, 64, seed=7)
 FIELDS = {"index", "kv_heads", "query_heads", "key_dim", "value_dim", "rope", "proof", "source",
-          "window", "softcap", "chunk", "position_bias", "key_bits", "value_bits", "slots",
-          "effective_bits",
+          "window", "softcap", "chunk", "position_bias", "selects", "key_bits", "value_bits",
+          "slots", "effective_bits",
           "bytes_per_token", "reference_bytes", "kernel", "refusal", "certificate", "recipe",
           "implementation", "exact_bytes", "fallback", "sites", "plan"}  # fmt: skip
 
@@ -66,7 +66,8 @@ def test_validation_covers_prefill_decode_and_both_ways_of_reading(report: Repor
 def test_the_dict_is_json_and_complete(report: Report) -> None:
     record = json.loads(json.dumps(report.to_dict()))
     assert record.keys() == {"model", "convention", "dtype", "device", "layers", "validation",
-                             "calibration", "sinks", "decode_step", "totals", "refused"}  # fmt: skip
+                             "calibration", "sinks", "decode_step", "totals",
+                             "refused"}  # fmt: skip
     assert all(layer.keys() == FIELDS for layer in record["layers"])
     assert record["totals"]["effective_bits"] == report.effective_bits
     assert record["calibration"]["tokens"] == 4 * 64

@@ -187,6 +187,7 @@ def test_a_hand_written_decoder_takes_recipes() -> None:
         ({"recipe": 3}, "no name, no Recipe"),
         ({"recipe": "kivi", "slots": 1}, "slots=1 with a recipe"),
         ({"recipe": kivi(2), "bits": 3}, "has its own widths"),
+        ({"recipe": kivi(2), "bits": 2.5}, "bits with a Recipe"),
         ({"recipe": "fp8", "bits": 4}, "8-bit floats"),
         ({"recipe": "int", "bits": 9}, "1 to 8"),
         ({"recipe": "int", "bits": {0: 3}}, "name every layer"),

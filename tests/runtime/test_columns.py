@@ -49,6 +49,7 @@ class Plain:
             mask = torch.tensor([a + b for a, b in zip(shown, new, strict=True)]).long()
         else:
             new = [[True] * steps] * ROWS
+            old = [[replace(column, hidden=False) for column in row] for row in old]
         step = self.cache.begin(positions, mask)
         real = torch.tensor(new)
         assert torch.equal(step.slots >= 0, real)

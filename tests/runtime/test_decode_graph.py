@@ -23,8 +23,7 @@ from transformers import PreTrainedModel
 
 import kvquant_compile
 from kvquant_compile.lowering.triton.compat import unavailable
-from kvquant_compile.runtime import cache as cache_module
-from kvquant_compile.runtime import decode_graph
+from kvquant_compile.runtime import decode_graph, paged
 from kvquant_compile.runtime.decode_graph import DecodeGraphs, _waits
 from kvquant_compile.runtime.installed import installed
 from tests.runtime.recording import HostSyncError, Recording, no_host_sync
@@ -145,7 +144,7 @@ def test_growth_is_reserved_by_generate(llama: PreTrainedModel) -> None:
 
 
 def test_growth_in_the_middle(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "AHEAD", 0)
+    monkeypatch.setattr(paged, "AHEAD", 0)
     _, backend = both(llama, tokens(2, 60), eos_token_id=None)
     assert (backend.captures, backend.replays) == (2, 17)
 

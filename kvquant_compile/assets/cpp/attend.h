@@ -24,7 +24,7 @@ struct Arguments {
   // results
   float *output;  // [batch, steps, heads * rep, VALUE_DIM]
   float *lse;     // [batch, heads * rep, steps]
-  void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+  Parallel parallel;
 };
 
 struct Task {
@@ -269,28 +269,7 @@ struct Run {
   const std::vector<Task>& tasks;
   std::vector<Part>& parts;
   std::vector<float>& sums;
-  std::atomic<size_t> next{0};
 };
-
-static void work(void* data) {
-  Run& run = *static_cast<Run*>(data);
-  int queries = run.a.rep * run.a.steps;
-  for (size_t i; (i = run.next.fetch_add(1)) < run.tasks.size();) {
-    Part* parts = run.parts.data() + i * queries;
-    float* sums = run.sums.data() + i * queries * run.a.value_dim;
-    (run.tasks[i].first < 0 ? attend_exact : attend_pages)(run.a, run.tasks[i], parts, sums);
-  }
-}
-
-static void run_all(Run& run) {
-  unsigned threads = std::min<size_t>(run.a.threads, run.tasks.size());
-  if (threads <= 1) return work(&run);
-  if (run.a.parallel) return run.a.parallel(work, &run, threads, 0);
-  std::vector<std::thread> others;
-  for (unsigned i = 1; i < threads; i++) others.emplace_back(work, &run);
-  work(&run);
-  for (auto& thread : others) thread.join();
-}
 
 // Joins the parts of a row and head, normalises, and takes learned logits in.
 static void merge(const Run& run, size_t first, size_t end) {
@@ -330,8 +309,13 @@ extern "C" void attend(const Arguments* arguments) {
   std::vector<Task> tasks = tasks_of(a);
   std::vector<Part> parts(tasks.size() * a.rep * a.steps, Part{NOTHING, 0});
   std::vector<float> sums(tasks.size() * a.rep * a.steps * a.value_dim, 0.0f);
+  auto body = [&](size_t i) {
+    int queries = a.rep * a.steps;
+    (tasks[i].first < 0 ? attend_exact : attend_pages)(
+        a, tasks[i], parts.data() + i * queries, sums.data() + i * queries * a.value_dim);
+  };
+  for_each(tasks.size(), a.threads, a.parallel, body);
   Run run{a, tasks, parts, sums};
-  run_all(run);
   for (size_t first = 0; first < tasks.size();) {
     size_t end = first + 1;
     while (end < tasks.size() && tasks[end].first >= 0) end++;

@@ -1,12 +1,5 @@
 // Vectors of sixteen 32-bit elements. Compilers lower them to whatever the machine has; only table
 // lookups, half-precision loads and broadcasts of four elements are spelt out per instruction set.
-#include <atomic>
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -21,7 +14,6 @@ typedef float quad __attribute__((vector_size(16), may_alias));
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 template <class V> INLINE V load(const void* at) {
   V x;
@@ -63,20 +55,6 @@ INLINE vf repeat4(const float* at) {
   return vf{x[0], x[1], x[2], x[3], x[0], x[1], x[2], x[3],
             x[0], x[1], x[2], x[3], x[0], x[1], x[2], x[3]};
 #endif
-}
-
-INLINE float half_to_float(uint16_t h) {
-  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff, bits;
-  if (rest >= 0x7c00) bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
-  else if (rest >= 0x400) bits = sign | ((rest << 13) + (112u << 23));
-  else {
-    float small = float(rest) * 0x1p-24f;
-    std::memcpy(&bits, &small, 4);
-    bits |= sign;
-  }
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
 }
 
 // Sixteen float16.

@@ -11,6 +11,9 @@ from torch import Tensor
 from kvquant_compile.codec.algebra.base import Block, Codec, Constants, Sample, Stage
 from kvquant_compile.codec.algebra.parts import Part, Parts
 
+FIT_TOKENS = 8192
+"""What residual codes are fitted to at most: every term codes all of it once more."""
+
 
 @dataclass(frozen=True)
 class Chain(Stage):
@@ -138,12 +141,13 @@ class Sum(Codec):
         return joined_names(self.terms)
 
     def fit(self, sample: Sample) -> Constants:
-        """Each on the error of those before it."""
+        """Each on the error of those before it, on tokens spread over all there are."""
+        units = sample.units(self.tokens)
+        units = units[:, :, :: max(1, -(-units.shape[2] * self.tokens // FIT_TOKENS))]
         found: list[Constants] = []
         for term in self.terms:
-            found.append(term.fit(sample))
-            x = sample.units(self.tokens)
-            sample = sample.holding(x - term.decode(term.encode(x, found[-1]), found[-1]))
+            found.append(term.fit(sample.holding(units)))
+            units = units - term.decode(term.encode(units, found[-1]), found[-1])
         return sum(found, ())
 
     def parts(self, tokens: int, dim: int) -> tuple[Part, ...]:

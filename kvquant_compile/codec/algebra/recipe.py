@@ -146,6 +146,10 @@ class RecipeTables:
     names: tuple[str, ...]
     constants: Constants
 
+    def __repr__(self) -> str:
+        shapes = (f"{name} {tuple(t.shape)}" for name, t in self.tensors().items())
+        return f"RecipeTables({', '.join(shapes)})"
+
     def to(self, device: torch.device | str) -> RecipeTables:
         """The same constants on another device."""
         return RecipeTables(self.names, tuple(t.to(device) for t in self.constants))

@@ -19,8 +19,8 @@ from pathlib import Path
 from kvquant_compile.errors import KVQuantError
 
 FOLDER = "KVQUANT_CACHE_DIR"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast",
-         "-Wno-psabi", "-Wno-ignored-attributes", "-pthread")  # fmt: skip
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi",
+         "-Wno-ignored-attributes", "-pthread")  # fmt: skip
 NATIVE = ("-march=native", "-mprefer-vector-width=512")
 SECONDS = 300
 """A compiler that takes longer is taken for hung."""
@@ -38,9 +38,15 @@ def compiler() -> str:
     return next((path for name in names if (path := shutil.which(name))), "")
 
 
-def flags(native: bool) -> tuple[str, ...]:
-    """Compiler flags: for this very machine, or for any of its architecture."""
-    return (*FLAGS, *(x for x in NATIVE if x in _accepted())) if native else FLAGS
+def flags(native: bool, contract: bool) -> tuple[str, ...]:
+    """Compiler flags.
+
+    Args:
+        native: for this very machine, else for any of its architecture.
+        contract: whether products and sums may be fused, which rounds once instead of twice.
+    """
+    common = (*FLAGS, f"-ffp-contract={'fast' if contract else 'off'}")
+    return (*common, *(x for x in NATIVE if x in _accepted())) if native else common
 
 
 @functools.cache
@@ -85,8 +91,8 @@ def toolchain_failure() -> str:
     return ""
 
 
-def build(source: str, name: str, native: bool = True) -> ctypes.CDLL:
-    """The loaded library of a source.
+def build(source: str, name: str, native: bool = True, contract: bool = True) -> ctypes.CDLL:
+    """The loaded library of a source; arguments as of :func:`flags`.
 
     Raises:
         CompilationError: there is no compiler, or it fails.
@@ -97,7 +103,7 @@ def build(source: str, name: str, native: bool = True) -> ctypes.CDLL:
             why="no C++ compiler was found (CXX, c++, g++, clang++)",
             do="Install one, or set KVQUANT_KERNELS=torch.",
         )
-    options = flags(native)
+    options = flags(native, contract)
     macros = _macros(tuple(x for x in options if x in NATIVE))
     key = "\0".join([source, *options, macros])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]

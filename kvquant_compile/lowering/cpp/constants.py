@@ -73,8 +73,8 @@ def _make(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> C
     channels = order if order.numel() else torch.arange(2 * pairs)
     both = torch.cat([pair, pair + pairs])
     made = {
-        "key_table": _repeated(known.key_table),
-        "value_table": _repeated(known.value_table),
+        "key_table": repeated(known.key_table),
+        "value_table": repeated(known.value_table),
         "key_scale": scale[:, 0, pair],
         "key_ratio": (scale[:, 1] / scale[:, 0])[:, pair],
         "key_zero": zero[:, :, pair],
@@ -104,7 +104,7 @@ def _turning(frequencies: Tensor, pairs: int) -> int:
     return min((int(found.max()) // 16 + 1) * 4, pairs // 4)
 
 
-def _repeated(table: Tensor) -> Tensor:
+def repeated(table: Tensor) -> Tensor:
     """Levels as float32 [H, 256]: by any bits above the code, up to the fourth."""
     levels = table.float()
     levels = levels.repeat(1, max(1, 16 // levels.shape[1]))

@@ -1,4 +1,4 @@
-"""Whether ``kvquant::attend`` on a CPU runs generated C++, and why not where it does not."""
+"""Whether the ops on a CPU run generated C++, and why not where they do not."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ DECODE_STEPS = 16
 """Steps of more tokens are prefill and run as torch: matrix products there pay for unpacking."""
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
+Append = Callable[..., None]
 
 
 def refusal(layout: Layout) -> str:
@@ -43,25 +44,31 @@ def kernel_name(layout: Layout, *, bias_or_chunks: bool = False) -> str:
     return f"C++ ({_target()}), prefill torch"
 
 
-def implementation(query: Tensor, format: str) -> Attend | None:
+def attend_implementation(query: Tensor, format: str) -> Attend | None:
     """The compiled attention for a step's queries; None where torch runs.
 
     Warns once where only a compiler is missing, or fails.
     """
-    if query.device.type != "cpu" or query.shape[2] > DECODE_STEPS:
-        return None
-    if query.dtype == torch.float64:
-        return None
+    return _attend if _serves(query, format) else None
+
+
+def append_implementation(key: Tensor, format: str) -> Append | None:
+    """The compiled append for a step's keys; None where torch runs."""
+    return _append if _serves(key, format) else None
+
+
+def _serves(x: Tensor, format: str) -> bool:
+    """Whether compiled kernels take a step of [B, heads, S, dim]."""
+    if x.device.type != "cpu" or x.shape[2] > DECODE_STEPS or x.dtype == torch.float64:
+        return False
     layout = parse_layout(format)
     reason = refusal(layout)
-    if not reason:
-        return _guarded
-    if not (unsupported(layout) or choice() == "torch" or interpreting()):
+    if reason and not (unsupported(layout) or choice() == "torch" or interpreting()):
         _warn(reason)
-    return None
+    return not reason
 
 
-def _guarded(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The compiled attention, or torch where this very kernel cannot be compiled."""
     from kvquant_compile.lowering.attend import attend as torch_attend
     from kvquant_compile.lowering.cpp.launch import attend
@@ -72,6 +79,19 @@ def _guarded(*arguments: Any) -> tuple[Tensor, Tensor]:
     except CompilationError as error:
         _warn(str(error))
         return torch_attend(*arguments)
+
+
+def _append(*arguments: Any) -> None:
+    """The compiled append, or torch where this very kernel cannot be compiled."""
+    from kvquant_compile.lowering.append import append as torch_append
+    from kvquant_compile.lowering.cpp.append import append
+
+    run: Append = append
+    try:
+        run(*arguments, native=choice() != "portable")
+    except CompilationError as error:
+        _warn(str(error))
+        torch_append(*arguments)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from kvquant_compile.lowering.cpp.build import CompilationError, build
 from kvquant_compile.lowering.cpp.constants import CppConstants, cpp_constants
 from kvquant_compile.lowering.cpp.pool import parallel_address
 from kvquant_compile.lowering.cpp.source import kernel_source
-from kvquant_compile.lowering.cpp.spec import CppSpec
+from kvquant_compile.lowering.cpp.spec import CppSpec, static_layout
 
 _INTEGERS = ("batch", "heads", "rep", "steps", "value_dim", "sinks", "table_row", "position_row",
              "slabs", "window", "exact", "threads")  # fmt: skip
@@ -43,7 +42,7 @@ class Arguments(ctypes.Structure):
 
 def kernel_spec(layout: PageLayout, constants: CppConstants) -> CppSpec:
     """The kernel that a layer needs."""
-    return CppSpec(replace(layout, heads=1, itemsize=0), constants.turning)
+    return CppSpec(static_layout(layout), constants.turning)
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,7 +91,7 @@ def attend(
         "own_values": own[1].float().contiguous(),
         "sink_keys": sink_keys[..., constants.pair_channels].float().contiguous(),
         "sink_values": sink_values.float().contiguous(),
-        "slots": slots.contiguous(),
+        "slots": slots.int().contiguous(),
         "history": history.contiguous(),
         "table": cache.table.contiguous(),
         "positions": cache.positions.contiguous(),

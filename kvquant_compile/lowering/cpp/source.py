@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from importlib import resources
 
-from kvquant_compile.lowering.cpp.spec import CppSpec
+from kvquant_compile.codec.layout import PageLayout, padded
+from kvquant_compile.codec.spec import table_limit
+from kvquant_compile.lowering.cpp.spec import CppSpec, index_types, page_constants
 from kvquant_compile.lowering.cpp.writer import CodeWords, CppSource
 
 _KEY_ARGUMENTS = (
@@ -22,17 +24,33 @@ def kernel_source(spec: CppSpec) -> str:
     """C++ of one kernel; its entry is ``extern "C" attend``."""
     out = CppSource()
     out(f"// Generated: attention over {spec.layout} pages; {spec.name}.")
-    out(_shared("simd.h"))
-    for name, number in spec.constants().items():
-        out(f"constexpr int {name} = {number};")
-    for name, kind in spec.index_types().items():
-        out(f"typedef {kind} {name};")
+    out(_shared("common.h"), _shared("threads.h"), _shared("simd.h"))
+    _write_constants(out, spec.layout, spec.constants())
     out("", _shared("keys.h"))
     _write_keys(out, spec)
     out("", _shared("values.h"))
     _write_values(out, spec)
     out("", _shared("page.h"), _shared("attend.h"))
     return out.text()
+
+
+def append_source(layout: PageLayout) -> str:
+    """C++ that quantises tokens into pages; its entry is ``extern "C" append``."""
+    out = CppSource()
+    out(f"// Generated: append to {layout} pages.")
+    out(_shared("common.h"), _shared("threads.h"))
+    most = max(padded(layout.key_dim), padded(layout.value_dim))
+    limits = {"MOST_CHANNELS": most, "VALUE_LIMIT": table_limit(layout.spec.value_bits)}
+    _write_constants(out, layout, page_constants(layout) | limits)
+    out("", _shared("append.h"))
+    return out.text()
+
+
+def _write_constants(out: CppSource, layout: PageLayout, constants: dict[str, int]) -> None:
+    for name, number in constants.items():
+        out(f"constexpr int {name} = {number};")
+    for name, kind in index_types(layout).items():
+        out(f"typedef {kind} {name};")
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.formats import Layout
@@ -35,33 +35,54 @@ class CppSpec:
     @property
     def name(self) -> str:
         """A readable identifier."""
-        s = self.layout.spec
-        scaled = "_scaled" if s.key_token_scale else ""
-        return (
-            f"attend_k{s.key_bits}v{s.value_bits}_d{self.layout.key_dim}x{self.layout.value_dim}"
-            f"_rope{4 * self.turning}_slots{s.key_slots}{s.value_slots}{scaled}"
-        )
+        return f"attend_{format_name(self.layout)}_rope{4 * self.turning}"
 
     def constants(self) -> dict[str, int]:
         """Name -> number of every constant that the C++ text refers to."""
-        offsets = {name.upper(): start for name, (start, _) in self.layout.offsets.items()}
-        return {
-            "PAIRS": self.pairs,
-            "TURNING_QUADS": self.turning,
-            "VALUE_CHANNELS": self.value_channels,
-            "KEY_SLOTS": self.layout.spec.key_slots,
-            "VALUE_SLOTS": self.layout.spec.value_slots,
-            "PAGE_BYTES": self.layout.page_bytes,
-            **offsets,
-        }
+        return {"TURNING_QUADS": self.turning, **page_constants(self.layout)}
 
-    def index_types(self) -> dict[str, str]:
-        """C++ types of the slots' channel indices."""
-        dims = {"KeyIndex": self.layout.key_dim, "ValueIndex": self.layout.value_dim}
-        return {
-            name: "uint8_t" if index_dtype(dim).itemsize == 1 else "int16_t"
-            for name, dim in dims.items()
-        }
+
+def static_layout(layout: PageLayout) -> PageLayout:
+    """What a kernel depends on: neither the number of heads nor the model's dtype."""
+    return replace(layout, heads=1, itemsize=0)
+
+
+def format_name(layout: PageLayout) -> str:
+    """A readable identifier of a page format."""
+    s = layout.spec
+    scaled = "_scaled" if s.key_token_scale else ""
+    return (
+        f"k{s.key_bits}v{s.value_bits}_d{layout.key_dim}x{layout.value_dim}"
+        f"_slots{s.key_slots}{s.value_slots}{scaled}"
+    )
+
+
+def page_constants(layout: PageLayout) -> dict[str, int]:
+    """Name -> number of what C++ has to know of a page."""
+    spec = layout.spec
+    offsets = {name.upper(): start for name, (start, _) in layout.offsets.items()}
+    return {
+        "KEY_DIM": padded(layout.key_dim),
+        "PAIRS": padded(layout.key_dim) // 2,
+        "VALUE_DIM": layout.value_dim,
+        "VALUE_CHANNELS": padded(layout.value_dim),
+        "KEY_BITS": spec.key_bits,
+        "VALUE_BITS": spec.value_bits,
+        "KEY_SLOTS": spec.key_slots,
+        "VALUE_SLOTS": spec.value_slots,
+        "TOKEN_SCALE": int(spec.key_token_scale),
+        "PAGE_BYTES": layout.page_bytes,
+        **offsets,
+    }
+
+
+def index_types(layout: PageLayout) -> dict[str, str]:
+    """C++ types of the slots' channel indices."""
+    dims = {"KeyIndex": layout.key_dim, "ValueIndex": layout.value_dim}
+    return {
+        name: "uint8_t" if index_dtype(dim).itemsize == 1 else "int16_t"
+        for name, dim in dims.items()
+    }
 
 
 def unsupported(layout: Layout) -> str:

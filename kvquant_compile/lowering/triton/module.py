@@ -8,8 +8,11 @@ import linecache
 import types
 from typing import Any
 
+from kvquant_compile.logs import logger
 from kvquant_compile.lowering.triton.history import history_source
 from kvquant_compile.lowering.triton.spec import KernelSpec
+
+_log = logger("lowering")
 
 
 @functools.lru_cache(maxsize=512)
@@ -23,6 +26,7 @@ def load(source: str, name: str) -> Any:
 
     The source is entered into ``linecache`` under a name made of its own hash.
     """
+    _log.info("generated %s, %d lines", name, source.count("\n"))
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     path = f"<kvquant_compile {name} {digest}>"
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)

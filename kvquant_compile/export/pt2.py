@@ -1,0 +1,77 @@
+"""``export_pt2`` and ``load_pt2``: an optimised model as a torch.export archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvquant_compile.errors import OptionError
+from kvquant_compile.export.accepted import check_exportable
+from kvquant_compile.export.codec_steps import run
+from kvquant_compile.export.function_ops import FunctionOps
+from kvquant_compile.export.native_ops import NativeOps
+from kvquant_compile.export.onnx_functions import quiet
+from kvquant_compile.export.step import CacheOps, StepModule, stores_of
+from kvquant_compile.export.trace import trace_step
+from kvquant_compile.runtime.installed import installed
+
+OPS = ("kvquant", "standard")
+
+
+def export_pt2(
+    model: nn.Module, path: str | Path, *, ops: str = "kvquant", compiled: bool = False
+) -> Path:
+    """Write an optimised model's step as a ``.pt2`` archive.
+
+    The graph is that of :func:`kvquant_compile.export_onnx`: call what :func:`load_pt2` returns
+    with ``(input_ids, token_mask, lengths, pages, sinks)``, pages and sinks being lists with one
+    tensor per layer; it returns ``(logits, lengths, pages, sinks)``.
+
+    Args:
+        model: optimised, float32, on a CPU.
+        path: of the archive.
+        ops: "kvquant" keeps the two ops, which change pages and sinks in place and run generated
+            kernels where there are any; this package must be installed to load it. "standard"
+            spells them out in torch's own operators: any torch loads it, and it returns new
+            pages.
+        compiled: package what AOTInductor compiles from it (C++ for this CPU; needs a compiler)
+            instead of the graph.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OptionError: the model is not optimised, or cannot be exported; the message says why.
+    """
+    if ops not in OPS:
+        raise OptionError(f"ops={ops!r}", why=f"known are {', '.join(OPS)}", do="Pass one of them.")
+    state = installed(model)
+    check_exportable(state)
+    implementation: CacheOps = NativeOps() if ops == "kvquant" else FunctionOps(run)
+    with quiet():
+        program = trace_step(StepModule(state, stores_of(state), implementation))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if compiled:
+            from torch._inductor import aoti_compile_and_package
+
+            aoti_compile_and_package(program, package_path=str(path))
+        else:
+            torch.export.save(program, path)
+    return Path(path)
+
+
+def load_pt2(path: str | Path, *, compiled: bool = False) -> Any:
+    """What an archive of :func:`export_pt2` computes, to be called.
+
+    Args:
+        path: of the archive.
+        compiled: whether it was written so.
+    """
+    if compiled:
+        from torch._inductor import aoti_load_package
+
+        return aoti_load_package(str(path))
+    return torch.export.load(path).module()

@@ -1,0 +1,38 @@
+"""Sparse attention: from the columns that every query has chosen to slots of the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvquant_compile.capture.reference import CHUNKED, chosen_keys, exact_mask
+
+
+def selected_slots(selected: Tensor, columns: Tensor) -> Tensor:
+    """Which slots every query may attend to.
+
+    Args:
+        selected: int [B, S, n], columns of the keys that a query has chosen; negative for none.
+        columns: int64 [B, N], the column of every slot; one beyond the last where there is none.
+
+    Returns:
+        bool [B, S, N].
+    """
+    # One column more than there are, which nobody has chosen: that of the empty slots.
+    chosen = chosen_keys(selected, int(columns.max()) + 1)
+    return chosen.gather(2, columns[:, None].expand(-1, selected.shape[1], -1))
+
+
+def step_mask(
+    padding: Tensor | None,
+    batch: int,
+    queries: int,
+    past: int,
+    kind: str,
+    window: int,
+    device: torch.device,
+) -> Tensor:
+    """A step's mask as a tensor, for modules that read it: bool [B, 1, S, past + S]; arguments as
+    of the mask marker."""
+    chunked = kind == CHUNKED
+    return exact_mask(padding, batch, queries, past, window, device, chunked=chunked)

@@ -1,0 +1,37 @@
+"""The compiled append gives the very bytes that torch does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvquant_compile.lowering.cpp.append import append
+from kvquant_compile.lowering.cpp.build import toolchain_failure
+from tests.triton import append_cases
+from tests.triton.append_cases import APPENDS, check_append
+
+pytestmark = pytest.mark.skipif(bool(toolchain_failure()), reason=toolchain_failure() or "never")
+
+
+@pytest.mark.parametrize("name", APPENDS)
+def test_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append_cases.kernels, "append", append)
+    assert check_append(name, APPENDS[name], torch.device("cpu"))
+
+
+def test_without_this_machines_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append_cases.kernels, "append", lambda *given: append(*given, native=False))
+    assert check_append("portable", APPENDS["k3v3 default"], torch.device("cpu"))
+
+
+def test_many_tokens_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append_cases.kernels, "append", append)
+    case = replace(APPENDS["k3v3 default"], steps=((1, 0), *(((16, 0),) * 8)), strange=0.03)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert check_append("threads", case, torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)

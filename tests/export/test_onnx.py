@@ -1,0 +1,240 @@
+"""One exported file: its contents, and the text and logits that onnxruntime alone makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import kvquant_compile
+from kvquant_compile.export import OnnxSession, export_onnx
+from tests.zoo import tiny, tokens
+
+onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+pytest.importorskip("onnxscript", reason="needs the extra onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+CALIBRATION = tokens(4, 64, seed=7)
+NEW = 50
+SLOW_TYPES = ("gemma2", "qwen3", "gpt_neox", "gpt2", "mistral", "gpt_oss", "bloom")
+
+
+def exported(model: Any, folder: Path, **options: Any) -> OnnxSession:
+    return OnnxSession(export_onnx(model, folder / "model.onnx", **options))
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return kvquant_compile.optimize(tiny("llama"), 3, calibration=CALIBRATION)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("onnx")
+
+
+@pytest.fixture(scope="module")
+def session(llama: PreTrainedModel, folder: Path) -> OnnxSession:
+    return exported(llama, folder)
+
+
+@pytest.fixture(scope="module")
+def proto(session: OnnxSession, folder: Path) -> Any:
+    return onnx.load(folder / "model.onnx")
+
+
+def assert_same_text(model: Any, session: OnnxSession, ids: Tensor, mask: Tensor) -> Tensor:
+    """Greedy tokens; int64 [batch, prompt and new ones]."""
+    whole = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    new = session.generate(ids.numpy(), NEW, mask.numpy())
+    assert new.tolist() == whole[:, ids.shape[1] :].tolist()
+    return whole
+
+
+def logit_error(model: Any, session: OnnxSession, ids: Tensor, prompt: int) -> float:
+    """Largest relative error of a prompt's logits, and of every token's after it."""
+    theirs, ours, errors = None, session.new_cache(len(ids)), []
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+        part = ids[:, start:end]
+        with torch.no_grad():
+            out = model(part, past_key_values=theirs, use_cache=True)
+        theirs = out.past_key_values
+        got = torch.from_numpy(session.step(part.numpy(), ours))
+        errors.append(float((got - out.logits).norm() / out.logits.norm()))
+    return max(errors)
+
+
+def test_text_and_logits(llama: PreTrainedModel, session: OnnxSession) -> None:
+    ids = tokens(2, 70)
+    whole = assert_same_text(llama, session, ids, torch.ones_like(ids))
+    assert logit_error(llama, session, whole, 70) < 1e-4
+
+
+def test_left_padding_and_one_sequence_alone(llama: PreTrainedModel, session: OnnxSession) -> None:
+    ids, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.int64)
+    mask[1, :13], mask[2, :39] = 0, 0
+    whole = assert_same_text(llama, session, ids, mask)
+    alone = session.generate(ids[1:2, 13:].numpy(), NEW)
+    assert alone.tolist() == whole[1:2, 40:].tolist()
+
+
+def test_spare_capacity_and_chunks_of_any_length(session: OnnxSession) -> None:
+    ids = tokens(1, 66).numpy()
+    cache, roomy = session.new_cache(1), session.new_cache(1)
+    first = session.step(ids[:, :2], cache)
+    for name, x in roomy.tensors.items():
+        if name.endswith(".pages"):
+            roomy.tensors[name] = np.zeros((1, 5, *x.shape[2:]), x.dtype)
+    again = session.step(ids[:, :2], roomy)
+    assert (first == again).all()
+    rest, more = session.step(ids[:, 2:], cache), session.step(ids[:, 2:], roomy)
+    assert abs(rest - more).max() < 1e-4
+    shapes = [c.tensors["past.0.pages"].shape[1] for c in (cache, roomy)]
+    assert shapes == [2, 5]
+
+
+def test_a_cache_that_is_too_small_is_refused(session: OnnxSession) -> None:
+    cache, ids = session.new_cache(1), tokens(1, 65).numpy()
+    session.step(ids[:, :1], cache)  # has one page now
+    feed = {"input_ids": ids, "token_mask": ids * 0 + 1, "past_lengths": cache.lengths}
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.session.run(None, feed | cache.tensors)
+
+
+def test_the_packed_cache_matters(session: OnnxSession) -> None:
+    ids = tokens(1, 70).numpy()
+    cache = session.new_cache(1)
+    session.step(ids[:, :69], cache)
+    lengths, before = cache.lengths, dict(cache.tensors)
+    honest = session.step(ids[:, 69:], cache)
+    cache.lengths, cache.tensors = lengths, before
+    cache.tensors["past.0.pages"] = cache.tensors["past.0.pages"] ^ 0x11
+    assert abs(session.step(ids[:, 69:], cache) - honest).max() > 1e-2
+
+
+def test_bytes_are_those_that_explain_reports(llama: Any, session: OnnxSession) -> None:
+    report, cache = kvquant_compile.explain(llama), session.new_cache(2)
+    session.step(tokens(2, 128).numpy(), cache)
+    assert cache.nbytes == 2 * 128 * report.bytes_per_token
+    elements = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in report.layers)
+    ratio = 2 * 2 * 128 * elements / cache.nbytes  # bfloat16 over packed
+    assert float(session.metadata["kvquant.times_smaller_than_bf16"]) == pytest.approx(ratio)
+    assert ratio == pytest.approx(16 / report.effective_bits)
+
+
+def test_metadata(llama: Any, session: OnnxSession) -> None:
+    known = session.metadata
+    assert known["kvquant.model"] == kvquant_compile.artifact(llama).model
+    assert (known["kvquant.recipe"], known["kvquant.class"]) == ("kvquant+", "LlamaForCausalLM")
+    layers = json.loads(known["kvquant.layers"])
+    assert [(x["key_bits"], x["value_bits"]) for x in layers.values()] == [(3, 3)] * 2
+
+
+def test_nodes_of_our_domain_have_bodies_of_standard_operators(proto: Any) -> None:
+    functions = {f.name: f for f in proto.functions}
+    nodes = [n for owner in (proto.graph, *proto.functions) for n in getattr(owner, "node", [])]
+    assert {n.domain for n in nodes} == {"", "kvquant"}
+    assert {n.op_type for n in nodes if n.domain} == set(functions)
+    assert [n.op_type for n in proto.graph.node if n.domain] == ["append", "attend"] * 2
+    assert all(f.domain == "kvquant" and f.node and f.doc_string for f in functions.values())
+
+
+def test_tables_and_weights_keep_their_names(llama: Any, proto: Any) -> None:
+    kept = {x.name: onnx.numpy_helper.to_array(x) for x in proto.graph.initializer}
+    program = llama._kvquant.program.graph_module
+    for layer in (0, 1):
+        for name in ("key_table", "key_scale", "key_zero", "value_table", "frequencies"):
+            expected = getattr(program, f"kvquant_{layer}_{name}").numpy()
+            assert (kept[f"kvquant.{layer}.{name}"] == expected).all()
+    weights = {name: x.detach().numpy() for name, x in llama.named_parameters()}
+    assert set(weights) <= set(kept)
+    assert all((kept[name] == x).all() for name, x in weights.items())
+
+
+def test_shapes_are_inferred_with_free_sizes_by_name(proto: Any) -> None:
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    sizes = {
+        x.name: [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim]
+        for x in (*inferred.graph.input, *inferred.graph.output)
+    }
+    assert sizes["input_ids"] == sizes["token_mask"] == ["batch", "sequence"]
+    assert sizes["logits"] == ["batch", "sequence", 128]
+    assert sizes["past.0.pages"] == sizes["present.0.pages"] == ["batch", "capacity", 2, 1536]
+    assert sizes["past.1.sinks"] == sizes["present.1.sinks"] == ["batch", 2, 1, 32]
+
+
+def test_attributes_of_a_node_are_alive(proto: Any) -> None:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    scales = [a for n in changed.graph.node if n.op_type == "attend" for a in n.attribute]
+    assert {a.name for a in scales} == {"scale"}
+    for attribute in scales:
+        attribute.f *= 2
+    ids, logits = tokens(1, 20).numpy(), []
+    for model in (proto, changed):
+        session = OnnxSession.__new__(OnnxSession)
+        session.session = onnxruntime.InferenceSession(model.SerializeToString())
+        session.inputs = {x.name: x for x in session.session.get_inputs()}
+        logits.append(session.step(ids, session.new_cache(1)))
+    assert abs(logits[0] - logits[1]).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", SLOW_TYPES)
+def test_architectures(model_type: str, tmp_path: Path) -> None:
+    model = kvquant_compile.optimize(tiny(model_type), 3, calibration=CALIBRATION)
+    session, ids = exported(model, tmp_path), tokens(2, 70)
+    whole = assert_same_text(model, session, ids, torch.ones_like(ids))
+    assert logit_error(model, session, whole, 70) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"opset": 18}, {"opset": 23}, {"external_data": True}],
+    ids=str,
+)
+def test_options(llama: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    session, ids = exported(llama, tmp_path, **options), tokens(1, 20)
+    assert_same_text(llama, session, ids, torch.ones_like(ids))
+    assert (tmp_path / "model.onnx.data").exists() == ("external_data" in options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [{0: (5, 2), 1: (2, 8)}, (4, 1)], ids=str)
+def test_widths(bits: Any, tmp_path: Path) -> None:
+    model = kvquant_compile.optimize(
+        tiny("llama"), bits, calibration=CALIBRATION, slots=2, sinks=4, attend_quantized=True
+    )
+    session, ids = exported(model, tmp_path), tokens(2, 70)
+    whole = assert_same_text(model, session, ids, torch.ones_like(ids))
+    assert logit_error(model, session, whole, 70) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_trained_model(shared: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = shared / "models" / "llama-63m"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = (shared / "data" / "wikitext2_test.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text[:2000], return_tensors="pt", add_special_tokens=False).input_ids
+    calibration = (shared / "data" / "calibration.txt").read_text(encoding="utf-8")[:200_000]
+    kvquant_compile.optimize(model, 3, calibration=calibration, tokenizer=tokenizer, windows=8)
+    session = exported(model, tmp_path)
+    assert (tmp_path / "model.onnx.data").exists()
+    whole = assert_same_text(model, session, ids, torch.ones_like(ids))
+    error = logit_error(model, session, whole, ids.shape[1])
+    print(f"relative logit error {error:.2e}")
+    assert error < 1e-4

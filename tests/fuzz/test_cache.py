@@ -1,0 +1,71 @@
+"""Stateful fuzzing of the cache: 300 steps by default, 10,000 and more with ``--slow``."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from transformers import PreTrainedModel
+
+import kvquant_compile
+from tests.fuzz.machine import CacheMachine
+from tests.zoo import tiny, tokens
+
+STEPS = 50
+
+
+@functools.cache
+def optimised(bits: int, dtype: torch.dtype) -> PreTrainedModel:
+    model = tiny("llama").to(dtype)
+    calibration = tokens(4, 64, seed=7)
+    return kvquant_compile.optimize(
+        model, bits=bits, calibration=calibration, sensitivity="none", progress=False
+    )
+
+
+class Lossless(CacheMachine):
+    """Raw pages against the original model with transformers' own cache."""
+
+    def __init__(self) -> None:
+        self.optimised, self.original = optimised(16, torch.float32), tiny("llama")
+        super().__init__()
+
+
+class ThreeBits(CacheMachine):
+    """Packed pages against pages of the row alone, to the bit."""
+
+    def __init__(self) -> None:
+        self.optimised = optimised(3, torch.float64)
+        super().__init__()
+
+    def assert_same_contents(self, ours: torch.Tensor, alone: torch.Tensor) -> None:
+        assert torch.equal(ours, alone)
+
+
+def run(machine: type[RuleBasedStateMachine], steps: int, *, fixed: bool) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=steps // STEPS,
+            stateful_step_count=STEPS,
+            deadline=None,
+            derandomize=fixed,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.parametrize("machine", [Lossless, ThreeBits])
+def test_random_use(machine: type[RuleBasedStateMachine]) -> None:
+    run(machine, 150, fixed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("machine", [Lossless, ThreeBits])
+def test_random_use_for_long(machine: type[RuleBasedStateMachine]) -> None:
+    run(machine, 5000, fixed=False)

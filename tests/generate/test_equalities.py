@@ -1,0 +1,180 @@
+"""One history told two ways, on six architectures: losslessly and at 3 bits, token for token.
+
+Where the two tell different steps apart (a chunk and the whole, one token and several), attention
+reads everything from the packed cache: by default a step's own tokens are exact, and a longer step
+has more of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kvquant_compile import QuantizedCache, quantised_attention
+from tests.generate.models import (
+    ARCHITECTURES,
+    Pair,
+    assert_same_text,
+    generate,
+    left_padded,
+    original,
+    raw_pages,
+    three_bits,
+)
+from tests.zoo import tokens
+
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "chunked prefill": {"prefill_chunk_size": 7},
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[16, 3], ids=["lossless", "3 bits"])
+def model(request: pytest.FixtureRequest, kind: str) -> Iterator[PreTrainedModel]:
+    if request.param == 3:
+        yield three_bits(kind)
+    else:
+        with raw_pages(kind) as model:
+            yield model
+
+
+@pytest.fixture
+def pair(kind: str) -> Iterator[Pair]:
+    """(original, lossless)."""
+    with raw_pages(kind) as model:
+        yield original(kind), model
+
+
+def prefilled(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> QuantizedCache:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True).past_key_values
+
+
+def logits_after(model: PreTrainedModel, cache: QuantizedCache, seed: int = 5) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens(cache.batch, 3, seed=seed), past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("mode", ORIGINALS)
+def test_lossless_equals_the_original(pair: Pair, mode: str) -> None:
+    assert_same_text(pair, tokens(2, 20), **ORIGINALS[mode])
+
+
+def test_lossless_prompt_lookup_equals_the_original(pair: Pair) -> None:
+    prompt = torch.cat([tokens(1, 12), tokens(1, 12)], 1)
+    assert_same_text(pair, prompt, prompt_lookup_num_tokens=3)
+
+
+def test_lossless_padded_batch_equals_the_original(pair: Pair) -> None:
+    ids, mask = left_padded(20, 0, 7, 19)
+    assert_same_text(pair, ids, attention_mask=mask)
+
+
+def test_padded_row_equals_row_alone(model: PreTrainedModel) -> None:
+    ids, mask = left_padded(70, 0, 33)
+    batch = generate(model, ids, attention_mask=mask)
+    alone = generate(model, ids[1:, 33:])
+    assert torch.equal(batch[1, 70:], alone[0, 37:])
+
+
+def test_batch_equals_single(model: PreTrainedModel) -> None:
+    ids = tokens(3, 66)
+    batch = generate(model, ids)
+    assert torch.equal(batch, torch.cat([generate(model, row[None]) for row in ids]))
+
+
+def test_warm_equals_cold(model: PreTrainedModel) -> None:
+    with quantised_attention(model):
+        warm = generate(
+            model, tokens(2, 80), past_key_values=prefilled(model, tokens(2, 80)[:, :50])
+        )
+        cold = generate(model, tokens(2, 80))
+    assert torch.equal(warm, cold)
+
+
+def test_cropped_equals_never_appended(model: PreTrainedModel) -> None:
+    cropped = prefilled(model, tokens(2, 70))
+    prefilled(model, tokens(2, 40, seed=9), cropped)
+    cropped.crop(-40)
+    assert torch.equal(logits_after(model, cropped),
+                       logits_after(model, prefilled(model, tokens(2, 70))))  # fmt: skip
+
+
+def test_one_by_one_equals_at_once(model: PreTrainedModel) -> None:
+    with quantised_attention(model):
+        ids, cache = tokens(2, 71), None
+        for token in ids[:, :70].split(1, 1):
+            cache = prefilled(model, token, cache)
+        got = generate(model, ids, past_key_values=cache)
+        assert torch.equal(got, generate(model, ids))
+
+
+def test_chunked_equals_whole(model: PreTrainedModel) -> None:
+    with quantised_attention(model):
+        whole = generate(model, tokens(2, 90))
+        assert torch.equal(generate(model, tokens(2, 90), prefill_chunk_size=17), whole)
+
+
+def test_reordered_equals_recomputed(model: PreTrainedModel) -> None:
+    order = torch.tensor([2, 0, 0])
+    cache = prefilled(model, tokens(3, 70))
+    cache.reorder_cache(order)
+    fresh = prefilled(model, tokens(3, 70)[order])
+    torch.testing.assert_close(logits_after(model, cache), logits_after(model, fresh))
+
+
+def test_beams_equal_their_sequences_scored_alone(model: PreTrainedModel) -> None:
+    """Scores that beams have gathered through reordered caches are those of each text by itself."""
+    out = generate(
+        model, tokens(1, 66), num_beams=3, num_return_sequences=3, output_scores=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    gathered = model.compute_transition_scores(
+        out.sequences, out.scores, out.beam_indices, normalize_logits=False
+    ).sum(1)
+    for text, expected in zip(out.sequences, gathered, strict=True):
+        torch.testing.assert_close(_alone(model, text, 66), expected, rtol=1e-3, atol=1e-3)
+
+
+def _alone(model: PreTrainedModel, text: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Sum of the log-probabilities of the tokens behind the prompt, fed one by one."""
+    total, cache, step = torch.zeros(()), None, text[None, :prompt]
+    for token in text[prompt:]:
+        with torch.no_grad():
+            out = model(step, past_key_values=cache, use_cache=True)
+        cache, step = out.past_key_values, token.view(1, 1)
+        total = total + out.logits[0, -1].float().log_softmax(-1)[token]
+    return total
+
+
+def test_prompt_lookup_equals_greedy(model: PreTrainedModel) -> None:
+    prompt = torch.cat([tokens(1, 40), tokens(1, 40)], 1)
+    with quantised_attention(model):
+        greedy = generate(model, prompt)
+        assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3), greedy)
+
+
+def test_repeated_rows_equal_rows_of_their_own(model: PreTrainedModel) -> None:
+    cache = prefilled(model, tokens(2, 70))
+    cache.batch_repeat_interleave(2)
+    fresh = prefilled(model, tokens(2, 70).repeat_interleave(2, 0))
+    torch.testing.assert_close(logits_after(model, cache), logits_after(model, fresh))
+
+
+def test_reset_equals_new(model: PreTrainedModel) -> None:
+    cache = prefilled(model, tokens(2, 70))
+    cache.reset()
+    again = prefilled(model, tokens(2, 70), cache)
+    fresh = prefilled(model, tokens(2, 70))
+    assert torch.equal(logits_after(model, again), logits_after(model, fresh))
