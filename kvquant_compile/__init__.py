@@ -10,6 +10,7 @@ import os
 from kvquant_compile import logs
 from kvquant_compile.api import (
     artifact,
+    certificates,
     explain,
     load_cache,
     new_cache,
@@ -50,6 +51,7 @@ __all__ = [
     "UnsupportedModelError",
     "ValidationError",
     "artifact",
+    "certificates",
     "explain",
     "export_onnx",
     "export_pt2",

@@ -105,13 +105,19 @@ def explain(
     seed: int = 0,
     layer: Annotated[int | None, typer.Option(help="Only this cache layer.")] = None,
     source: Annotated[bool, typer.Option("--source", help="Print generated kernels too.")] = False,
+    certificates: Annotated[
+        Path | None, typer.Option(help="Folder to write every layer's proof to, as JSON.")
+    ] = None,
     json: JsonOption = False,
     dump: DumpOption = None,
 ) -> None:
     """Optimise a model and print what was matched, proved and rewritten."""
     import kvquant_compile
+    from kvquant_compile.inspect.certificates import save as save_certificates
 
     network = _optimised(model, bits, budget, calibration, windows, dtype, seed, dump)
+    if certificates is not None:
+        save_certificates(kvquant_compile.certificates(network), certificates)
     report = kvquant_compile.explain(network, layer=layer, source=source)
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
