@@ -36,10 +36,24 @@ Wrap = Callable[["Layer", LayerTables, CodecSpec, str, Trip], Trip]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What a variant may look at: the layer's plan and its calibration tokens."""
+    """What a variant may look at: the layer's plan, its calibration tokens, the default's tables
+    by width."""
 
     plan: LayerPlan
     seen: Observed
+    defaults: dict[int, LayerTables] = field(default_factory=dict)
+
+    def default(self, bits: int) -> LayerTables:
+        if bits not in self.defaults:
+            self.defaults[bits] = fitted(self, CodecSpec(bits, bits, 1, 1, True, 1), FitSettings())
+        return self.defaults[bits]
+
+
+def fitted(layer: Layer, spec: CodecSpec, fit: FitSettings) -> LayerTables:
+    """A layer's tables, all of them."""
+    x, ignore = layer.seen, layer.seen.places < max(1, spec.sink_tokens)
+    found = (x.keys, x.values, x.key_gradients, x.value_gradients)
+    return fit_layer(*found, spec, fit, ignore, layer.plan.rope)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Variant:
         fit: switches of the fit.
         form: changes of the format.
         more_bits: what it stores beyond its format, in effective bits for heads of 128 channels.
+        parts: whose constants are fitted for it; the others are the default's.
         rotate: "", "keys" or "values": coded after a random orthogonal map of the channels.
         fitting: patches that hold during the fit.
         change: of the tables, after the fit.
@@ -61,6 +76,7 @@ class Variant:
     fit: FitSettings = field(default_factory=FitSettings)
     form: Mapping[str, Any] = field(default_factory=dict)
     more_bits: float = 0.0
+    parts: tuple[str, ...] = ()
     rotate: str = ""
     fitting: Callable[[], AbstractContextManager[Any]] = nullcontext
     change: Change | None = None
@@ -77,13 +93,16 @@ class Variant:
 
     def trips(self, layer: Layer, bits: int) -> dict[str, Trip]:
         """Round trips of the keys (before RoPE) and the values of a layer."""
-        spec, seen = self.spec(bits), layer.seen
+        spec = self.spec(bits)
         maps = {p: _rotation(layer, p) if p == self.rotate else None for p in (KEYS, VALUES)}
-        inside = Layer(layer.plan, _turned(seen, maps))
-        with self.fitting():
-            x = inside.seen
-            tables = fit_layer(x.keys, x.values, x.key_gradients, x.value_gradients, spec, self.fit,
-                               x.places < spec.sink_tokens, layer.plan.rope)  # fmt: skip
+        inside = Layer(layer.plan, _turned(layer.seen, maps))
+        tables = layer.default(bits)
+        if self.parts:
+            quick = self.fit if KEYS in self.parts else replace(self.fit, refine=0, stretch=0.0)
+            with self.fitting():
+                own = fitted(inside, spec, quick).tensors()
+            changed = {n: t for n, t in own.items() if n.split("_")[0] + "s" in self.parts}
+            tables = replace(tables, **changed)
         if self.change is not None:
             tables = self.change(inside, tables)
         trips = {p: round_trip(spec, tables, p) for p in (KEYS, VALUES)}
@@ -193,35 +212,36 @@ def _far_tokens_exact(share: float) -> Wrap:
 def variants() -> list[Variant]:
     """The default first."""
     full = FitSettings()
-    taken_out: dict[str, dict[str, Any]] = {
-        "value range by width alone": {"value_clip": False},
+    keys: dict[str, dict[str, Any]] = {
         "evenly spaced keys": {"key_nuq": False},
         "no weights at all in the key fit": {"sensitivity": False, "token_power": 0.0},
         "no Q-Norm": {"stretch": 0.0},
         "whole Q-Norm": {"stretch": 1.0},
         "no key feedback": {"key_feedback": False},
+    }
+    values: dict[str, dict[str, Any]] = {
+        "value range by width alone": {"value_clip": False},
         "no value feedback": {"value_feedback": False},
-        "k-means values with fixed ends": {"value_nuq": True, "value_clip": False},
+        "k-means value tables": {"value_nuq": True},
         "static value channel transform": {"value_transform": True},
     }
-    forms: dict[str, dict[str, Any]] = {
-        "no slots": {"key_slots": 0, "value_slots": 0},
-        "no value slot": {"value_slots": 0},
-        "2 slots each": {"key_slots": 2, "value_slots": 2},
-        "no token scale of keys": {"key_token_scale": False},
-        "no exact first token": {"sink_tokens": 0},
-        "4 exact first tokens": {"sink_tokens": 4},
-    }
+    both = (KEYS, VALUES)
     return [
         Variant("default"),
-        *(Variant(name, replace(full, **switch)) for name, switch in taken_out.items()),
-        *(Variant(name, form=form) for name, form in forms.items()),
-        Variant("one key table for all heads", fitting=_one_table),
-        Variant("pair-shared key scales", change=_pair_shared),
+        *(Variant(name, replace(full, **x), parts=(VALUES,)) for name, x in values.items()),
+        Variant("values rotated", parts=(VALUES,), rotate=VALUES),
+        Variant("no value slot", form={"value_slots": 0}, parts=(VALUES,)),
+        Variant("value slots by damage", wrap=_value_slots_by_damage),
         Variant("value range in two bytes", more_bits=-0.0625, wrap=_with_cheap_range),
         Variant("key slots by range, not damage", change=_key_slots_by_range),
-        Variant("value slots by damage", wrap=_value_slots_by_damage),
-        Variant("values rotated", rotate=VALUES),
-        Variant("keys rotated", rotate=KEYS),
+        Variant("pair-shared key scales", change=_pair_shared),
         Variant("largest 1 % of tokens exact", more_bits=0.16, wrap=_far_tokens_exact(0.01)),
+        Variant("no exact first token", form={"sink_tokens": 0}),
+        Variant("4 exact first tokens", form={"sink_tokens": 4}),
+        Variant("no slots", form={"key_slots": 0, "value_slots": 0}, parts=both),
+        Variant("2 slots each", form={"key_slots": 2, "value_slots": 2}, parts=both),
+        Variant("no token scale of keys", form={"key_token_scale": False}, parts=(KEYS,)),
+        Variant("keys rotated", parts=(KEYS,), rotate=KEYS),
+        Variant("one key table for all heads", parts=(KEYS,), fitting=_one_table),
+        *(Variant(name, replace(full, **x), parts=(KEYS,)) for name, x in keys.items()),
     ]

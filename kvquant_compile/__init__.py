@@ -10,7 +10,6 @@ import os
 from kvquant_compile import logs
 from kvquant_compile.api import (
     artifact,
-    certificates,
     explain,
     load_cache,
     new_cache,
@@ -51,7 +50,6 @@ __all__ = [
     "UnsupportedModelError",
     "ValidationError",
     "artifact",
-    "certificates",
     "explain",
     "export_onnx",
     "export_pt2",

@@ -42,7 +42,8 @@ class Firings:
         attended: places in ``masks`` of those that an attention was given.
         appended: what the appends gave back, in an eager run.
         derived: whether keys or values are attended that are computed from what a cache holds.
-        forgetful: window of every cache layer that forgets what is outside of one.
+        forgetful: window of every cache layer that forgets what is outside of one, if that is
+            narrower than the model's context.
         watch: the modules that keep a state.
         replaying, replayed: while tracing, the place of the next answer in ``masks``.
     """
@@ -118,6 +119,7 @@ def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
         UnsupportedModelError: a layer keeps another state than keys and values.
     """
     cache = WatchedCache(config=config)
+    most = getattr(config, "max_position_embeddings", None) or float("inf")
     cache.watch = seen.watch
     for index, layer in enumerate(cache.layers):
         if type(layer) in KEYLESS_LAYERS:  # no keys and values of its own
@@ -129,7 +131,7 @@ def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
         if type(layer) is DynamicIndexedLayer:
             cache.layers[index] = CaptureIndexedLayer(index, past, seen)
             continue
-        if isinstance(layer, DynamicSlidingWindowLayer):
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window < most:
             seen.forgetful[index] = int(layer.sliding_window)
         if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:
             raise UnsupportedModelError(

@@ -18,6 +18,13 @@ from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import Choice, stored_layers
 from kvquant_compile.runtime.program import Program, build_program
 
+Named = tuple[str, int]
+
+
+def _named(choice: Choice) -> Named:
+    """What widths of a recipe have in common: its name and slots."""
+    return choice.name, choice.form.slots
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -43,8 +50,8 @@ class Fits:
 
     def __init__(self, prepared: Prepared, options: CalibrationOptions, bar: Progress) -> None:
         self.prepared, self.options, self.bar = prepared, options, bar
-        self._fitted: dict[str, Fitted] = {}
-        self._losses: dict[str, Losses] = {}
+        self._fitted: dict[Named, Fitted] = {}
+        self._losses: dict[Named, Losses] = {}
 
     def stored(self, point: Point) -> Stored:
         """What a point stores.
@@ -71,7 +78,7 @@ class Fits:
 
     def fitted(self, choice: Choice, widths: Sequence[int]) -> Fitted:
         """A recipe at these widths; those that are not there yet are fitted."""
-        captured, have = self.prepared.captured, self._fitted.get(choice.name)
+        captured, have = self.prepared.captured, self._fitted.get(_named(choice))
         missing = [w for w in widths if have is None or w not in have.formats]
         if missing:
             formats = choice.formats([layer.plan.index for layer in self.prepared.layers])
@@ -79,7 +86,7 @@ class Fits:
             options, observed = choice.calibration(self.options), self.prepared.stored(layers)
             more = fit_widths(captured, layers, choice, missing, observed, options, self.bar)
             have = more if have is None else have.extended(more)
-            self._fitted[choice.name] = have
+            self._fitted[_named(choice)] = have
         assert have is not None
         return have.only(widths)
 
@@ -91,7 +98,7 @@ class Fits:
         itemsize = self.prepared.captured.dtype.itemsize
         widths, budget = candidates(layers, choice, mixed, itemsize)
         fitted = self.fitted(choice, widths)
-        known = self._losses.setdefault(choice.name, {})
+        known = self._losses.setdefault(_named(choice), {})
         missing = [w for w in widths if any(w not in known.get(i, {}) for i in fitted.items)]
         if missing:
             captured, windows = self.prepared.captured, self.prepared.windows

@@ -17,6 +17,9 @@ WIDTHLESS = (BF16, FP8)
 SIMULATED = (BF16, RELEASED)
 """Codecs that have no pages here: they are read back on the spot, in the same graph."""
 
+SLOTTED = (OURS, PUBLISHED)
+"""Recipes whose outlier slots can be asked for: ``kvquant+@0`` has none."""
+
 _PAIR = re.compile(r"(\d+)/(\d+)")
 
 
@@ -25,7 +28,8 @@ class Point:
     """A recipe at a width.
 
     Attributes:
-        recipe: a name of :mod:`kvquant_compile.recipes`, or "bf16" or "kvquant-released".
+        recipe: a name of :mod:`kvquant_compile.recipes`, "kvquant+@0" with its number of outlier
+            slots, or "bf16" or "kvquant-released".
         bits: "3", "4/2" (keys, values), "2.5", "auto:2.9" (a budget of effective bits); empty
             for recipes with a width of their own.
     """
@@ -52,13 +56,16 @@ class Point:
         Raises:
             OptionError: the recipe has no such width.
         """
+        recipe, _, slots = self.recipe.partition("@")
+        own = int(slots) if slots else None
         if not self.bits:
-            return choose(self.recipe, None), None
+            return choose(recipe, None, own), None
         if self.bits.startswith("auto:"):
             mixed: MixedBits | None = MixedBits.make("auto", float(self.bits[5:]))
         else:
             mixed = MixedBits.make(float(self.bits)) if "." in self.bits else None
-        return choose(self.recipe, self._whole() if mixed is None else mixed.placeholder), mixed
+        bits = self._whole() if mixed is None else mixed.placeholder
+        return choose(recipe, bits, own), mixed
 
     def whole(self) -> int:
         """The width of a recipe that has one for keys and values alike.
@@ -91,11 +98,12 @@ def parse_points(recipes: str, bits: str) -> list[Point]:
     widths = [width.strip() for width in bits.split(",") if width.strip()]
     known = (OURS, PUBLISHED, *NAMED, BF16, RELEASED)
     for name in names:
-        if name not in known:
+        plain, at, slots = name.partition("@")
+        if plain not in (SLOTTED if at else known) or (at and not slots.isdigit()):
             raise OptionError(
                 f"--recipes {recipes}",
                 why=f"{name!r} is none of {', '.join(known)}",
-                do="Name some of these, separated by commas.",
+                do=f"Name some of these, separated by commas; {OURS}@0 has no outlier slots.",
             )
     for width in widths:
         _check(width)

@@ -6,6 +6,7 @@ It separates compiler bugs from quantisation error, and runs on every ``optimize
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,12 +17,12 @@ from kvquant_compile.calib.data import vocabulary
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.embedding import embedded
 from kvquant_compile.capture.hf_hooks import attention_by
+from kvquant_compile.capture.rounding import Disturb, widened_limit
 from kvquant_compile.codec.layout import lossless_spec
 from kvquant_compile.errors import ValidationError
 from kvquant_compile.logs import logger
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.program import Program, build_program
-from kvquant_compile.runtime.rounding import rounding_floor
 
 _log = logger("runtime")
 STEPS = (7, 1, 70)
@@ -29,8 +30,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torc
 """Relative error by dtype that rounding may cause in up to ``USUAL_LAYERS`` layers."""
 
 USUAL_LAYERS = 8
-# Times the model's own rounding that a rewritten one may be off; what is beyond tells nothing.
-_TIMES, _MOST = 2.0, 0.5
 
 
 def lossless_program(captured: Captured, layers: Sequence[MatchedLayer]) -> Program:
@@ -62,8 +61,10 @@ def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dic
     depth = max(1.0, len(layers) / USUAL_LAYERS)
     limit = TOLERANCE.get(captured.dtype, 1e-4) * depth**0.5
     worst = max(errors, key=lambda case: errors[case])
-    if captured.dtype.itemsize == 2 and limit < errors[worst] < _MOST:
-        limit = max(limit, min(_MOST, _TIMES * _rounding(captured, padded)))
+    if captured.convention == "transformers":
+        with torch.no_grad():
+            original = functools.partial(_outputs, captured, padded)
+            limit = widened_limit(limit, errors[worst], captured.dtype, original)
     if not errors[worst] <= limit:
         raise ValidationError(
             "the rewritten model differs from the original",
@@ -116,21 +117,19 @@ def _lengths(captured: Captured) -> tuple[int, ...]:
     return *STEPS[:-1], captured.decoder.longest(sum(STEPS)) - sum(STEPS[:-1])
 
 
-def _rounding(captured: Captured, padding: list[int]) -> float:
-    """What the original's results differ by when its embeddings are rounded otherwise."""
+def _outputs(captured: Captured, padding: list[int], disturb: Disturb) -> list[Tensor]:
+    """What the original gives for real tokens whose embeddings are disturbed."""
     backbone: Any = captured.backbone
-    if captured.convention != "transformers":
-        return 0.0
-
-    def run() -> list[Tensor]:
-        outputs, past = [], None
+    embedding = backbone.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, output: disturb(output))
+    outputs, past = [], None
+    try:
         for ids, seen, positions, real, _ in _steps(captured, padding):
             output, past = _original(captured, ids, seen, positions, past)
             outputs.append(output[real])
-        return outputs
-
-    with torch.no_grad():
-        return rounding_floor(backbone.get_input_embeddings(), run)
+    finally:
+        hook.remove()
+    return outputs
 
 
 def _inputs(

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from kvquant_compile.capture import capture
 from kvquant_compile.errors import OptionError, UnsupportedLayerError, UnsupportedModelError
 from tests import decoders, zoo
+from tests.survey.case import build
 
 _TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 48, "max_position_embeddings": 64}  # fmt: skip
@@ -157,3 +158,14 @@ def test_functional_attention_of_another_meaning_is_refused(block, reason):
 def test_a_module_without_a_cache_is_refused():
     with pytest.raises(UnsupportedModelError, match=r"cache|fails"):
         capture(_NoCache(), (zoo.tokens(), None))
+
+
+def test_an_original_that_contradicts_itself_is_said_to():
+    with pytest.raises(
+        UnsupportedModelError, match="the original contradicts itself"
+    ):
+        capture(build("recurrent_gemma"))
+
+
+def test_a_cache_that_never_forgets_within_the_context_is_one():
+    assert capture(build("moshi")).evidence["appends"] == 2

@@ -27,12 +27,16 @@ def test_spellings_become_formats() -> None:
     assert Point("kivi", "auto:2.9").choice()[1] == MixedBits(effective_bits=2.9)
     assert Point("fp8").choice()[0].fixed
     assert Point("kvquant+", "3").choice()[1] is None
+    assert Point("kvquant+@0", "2.5").choice()[0].form.slots == 0
+    assert Point("kvquant", "2").choice()[0].form.slots == 2
 
 
 @pytest.mark.parametrize(
     ("recipes", "bits", "match"),
     [
         ("best", "3", "'best'"),
+        ("kivi@0", "3", "'kivi@0'"),
+        ("kvquant+@", "3", "@0 has no"),
         ("kvquant+", "x", "--bits x"),
         ("kvquant+", "3/2.5", "--bits"),
         ("kvquant+", "3/2/1", "--bits"),

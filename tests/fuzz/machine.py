@@ -1,9 +1,11 @@
 """Random use of a cache: steps, crops, rows, forks, files, turns and failures in any order.
 
 Two oracles judge it. Losslessly, every step's logits are those of the original model with
-transformers' own cache, led through the same history. At 3 bits, what a row's pages give back is
-equal to the bit to a fresh cache that was given the row's tokens alone, step by step. (The latter
-in float64, where rounding differs by less than codes can show.)
+transformers' own cache, led through the same history. Always, what a row's pages give back is what
+those of a fresh cache do that was given the row's tokens alone, step by step. At 3 bits that is
+equal to the bit in the first layer, which codes every token by itself; in the others keys and
+values have gone through an attention whose rounding depends on padding and batch, which turns a
+code now and then.
 """
 
 from __future__ import annotations
@@ -235,9 +237,9 @@ class CacheMachine(RuleBasedStateMachine):
             ours = _contents(self.optimised, self.now.cache, layer, index, count)
             alone = _contents(self.optimised, fresh, layer, 0, count)
             for a, b in zip(ours, alone, strict=True):
-                self.assert_same_contents(a, b)
+                self.assert_same_contents(a, b, layer)
 
-    def assert_same_contents(self, ours: Tensor, alone: Tensor) -> None:
+    def assert_same_contents(self, ours: Tensor, alone: Tensor, layer: int) -> None:
         torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-3)
 
 

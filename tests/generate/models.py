@@ -11,13 +11,20 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import kvquant_compile
+from kvquant_compile.demo import ASSETS
 from kvquant_compile.runtime.decode_graph import DecodeGraphs
 from kvquant_compile.runtime.installed import installed
 from kvquant_compile.runtime.program import Program
 from kvquant_compile.runtime.validate import lossless_program
+from tests.conftest import SHARED
 from tests.zoo import VOCAB, tiny, tokens
 
 # Grouped heads; norms of queries and keys; window and soft-cap; partial, interleaved, no rotation.
@@ -31,10 +38,36 @@ GREEDY: dict[str, Any] = {
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
 
+def load(kind: str) -> PreTrainedModel:
+    """A tiny model of a type; "demo", the package's own; or one of the development models."""
+    if kind in ARCHITECTURES:
+        return tiny(kind)
+    return AutoModelForCausalLM.from_pretrained(_folder(kind), dtype=torch.float32).eval()
+
+
+def _folder(kind: str) -> str:
+    return str(ASSETS) if kind == "demo" else str(SHARED / "models" / kind)
+
+
 @functools.cache
-def original(model_type: str = "llama") -> PreTrainedModel:
+def _text(kind: str) -> torch.Tensor:
+    words = (ASSETS / "heldout.txt").read_text(encoding="utf-8")[:20000]
+    ids = AutoTokenizer.from_pretrained(_folder(kind))(words, add_special_tokens=False)
+    return torch.tensor(ids["input_ids"])
+
+
+def prompts(kind: str, rows: int, length: int, *, seed: int = 0) -> torch.Tensor:
+    """Token ids [rows, length]: random ones for a tiny model, real text for a trained one."""
+    if kind in ARCHITECTURES:
+        return tokens(rows, length, seed=seed)
+    starts = [97 * seed + 311 * row for row in range(rows)]
+    return torch.stack([_text(kind)[start : start + length] for start in starts])
+
+
+@functools.cache
+def original(kind: str = "llama") -> PreTrainedModel:
     """Not optimised."""
-    return tiny(model_type)
+    return load(kind)
 
 
 @functools.cache
@@ -44,27 +77,27 @@ def lossless() -> Pair:
 
 
 @functools.cache
-def three_bits(model_type: str = "llama") -> PreTrainedModel:
+def three_bits(kind: str = "llama") -> PreTrainedModel:
     """Optimised at 3 bits."""
-    calibration = tokens(4, 64, seed=7)
+    calibration = prompts(kind, 4, 64, seed=7)
     return kvquant_compile.optimize(
-        tiny(model_type), bits=3, calibration=calibration, sensitivity="none", progress=False
+        load(kind), bits=3, calibration=calibration, sensitivity="none", progress=False
     )
 
 
 @functools.cache
-def _raw_pages(model_type: str) -> Program:
-    state = installed(three_bits(model_type))
+def _raw_pages(kind: str) -> Program:
+    state = installed(three_bits(kind))
     return lossless_program(state.captured, state.layers)
 
 
 @contextlib.contextmanager
-def raw_pages(model_type: str) -> Iterator[PreTrainedModel]:
-    """``three_bits(model_type)`` with the program that ``optimize`` validates: lossless pages."""
-    model = three_bits(model_type)
+def raw_pages(kind: str) -> Iterator[PreTrainedModel]:
+    """``three_bits(kind)`` with the program that ``optimize`` validates: lossless pages."""
+    model = three_bits(kind)
     state = installed(model)
     kept = state.program, state.decode
-    state.program = _raw_pages(model_type)
+    state.program = _raw_pages(kind)
     state.decode = DecodeGraphs(state.program, state.warn_once)
     try:
         yield model
@@ -97,9 +130,11 @@ def assert_same_text(pair: Pair, ids: torch.Tensor | None, **options: Any) -> No
     assert torch.equal(got, expected)
 
 
-def left_padded(length: int, *padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens and a mask, both [rows, length]; row i starts with ``padding[i]`` padded."""
-    ids = tokens(len(padding), length)
+def left_padded(
+    length: int, *padding: int, kind: str = "llama"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and a mask, both [rows, length]; row i starts with ``padding[i]`` padded."""
+    ids = prompts(kind, len(padding), length)
     mask = torch.ones_like(ids)
     for row, count in enumerate(padding):
         ids[row, :count], mask[row, :count] = 0, 0

@@ -12,8 +12,6 @@ ROOT = Path(__file__).parents[2]
 LINES = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8").splitlines()
 HEADS = "| ---", "| feature"
 ROWS = [line for line in LINES if line.startswith("| ") and not line.startswith(HEADS)]
-    line for line in LINES if line.startswith("| ") and not line.startswith(("| ---", "| feat"))
-]
 TEST = re.compile(r"^`([\w/]+\.py)(?:::(\w+)(?:\[(.+)\])?)?`$")
 
 

@@ -22,10 +22,10 @@ from tests.generate.models import (
     generate,
     left_padded,
     original,
+    prompts,
     raw_pages,
     three_bits,
 )
-from tests.zoo import tokens
 
 ORIGINALS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -35,7 +35,13 @@ ORIGINALS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=ARCHITECTURES)
+TRAINED = [
+    pytest.param("demo", marks=pytest.mark.slow),
+    pytest.param("llama-63m", marks=[pytest.mark.slow, pytest.mark.shared]),
+]
+
+
+@pytest.fixture(params=[*ARCHITECTURES, *TRAINED])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -61,83 +67,84 @@ def prefilled(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Q
         return model(ids, past_key_values=cache, use_cache=True).past_key_values
 
 
-def logits_after(model: PreTrainedModel, cache: QuantizedCache, seed: int = 5) -> torch.Tensor:
+def logits_after(
+    kind: str, model: PreTrainedModel, cache: QuantizedCache, seed: int = 5
+) -> torch.Tensor:
     with torch.no_grad():
-        return model(tokens(cache.batch, 3, seed=seed), past_key_values=cache).logits
+        return model(prompts(kind, cache.batch, 3, seed=seed), past_key_values=cache).logits
 
 
 @pytest.mark.parametrize("mode", ORIGINALS)
-def test_lossless_equals_the_original(pair: Pair, mode: str) -> None:
-    assert_same_text(pair, tokens(2, 20), **ORIGINALS[mode])
+def test_lossless_equals_the_original(kind: str, pair: Pair, mode: str) -> None:
+    assert_same_text(pair, prompts(kind, 2, 20), **ORIGINALS[mode])
 
 
-def test_lossless_prompt_lookup_equals_the_original(pair: Pair) -> None:
-    prompt = torch.cat([tokens(1, 12), tokens(1, 12)], 1)
+def test_lossless_prompt_lookup_equals_the_original(kind: str, pair: Pair) -> None:
+    prompt = torch.cat([prompts(kind, 1, 12), prompts(kind, 1, 12)], 1)
     assert_same_text(pair, prompt, prompt_lookup_num_tokens=3)
 
 
-def test_lossless_padded_batch_equals_the_original(pair: Pair) -> None:
-    ids, mask = left_padded(20, 0, 7, 19)
+def test_lossless_padded_batch_equals_the_original(kind: str, pair: Pair) -> None:
+    ids, mask = left_padded(20, 0, 7, 19, kind=kind)
     assert_same_text(pair, ids, attention_mask=mask)
 
 
-def test_padded_row_equals_row_alone(model: PreTrainedModel) -> None:
-    ids, mask = left_padded(70, 0, 33)
+def test_padded_row_equals_row_alone(kind: str, model: PreTrainedModel) -> None:
+    ids, mask = left_padded(70, 0, 33, kind=kind)
     batch = generate(model, ids, attention_mask=mask)
     alone = generate(model, ids[1:, 33:])
     assert torch.equal(batch[1, 70:], alone[0, 37:])
 
 
-def test_batch_equals_single(model: PreTrainedModel) -> None:
-    ids = tokens(3, 66)
+def test_batch_equals_single(kind: str, model: PreTrainedModel) -> None:
+    ids = prompts(kind, 3, 66)
     batch = generate(model, ids)
     assert torch.equal(batch, torch.cat([generate(model, row[None]) for row in ids]))
 
 
-def test_warm_equals_cold(model: PreTrainedModel) -> None:
+def test_warm_equals_cold(kind: str, model: PreTrainedModel) -> None:
     with quantised_attention(model):
-        warm = generate(
-            model, tokens(2, 80), past_key_values=prefilled(model, tokens(2, 80)[:, :50])
-        )
-        cold = generate(model, tokens(2, 80))
+        ids = prompts(kind, 2, 80)
+        warm = generate(model, ids, past_key_values=prefilled(model, ids[:, :50]))
+        cold = generate(model, ids)
     assert torch.equal(warm, cold)
 
 
-def test_cropped_equals_never_appended(model: PreTrainedModel) -> None:
-    cropped = prefilled(model, tokens(2, 70))
-    prefilled(model, tokens(2, 40, seed=9), cropped)
+def test_cropped_equals_never_appended(kind: str, model: PreTrainedModel) -> None:
+    cropped = prefilled(model, prompts(kind, 2, 70))
+    prefilled(model, prompts(kind, 2, 40, seed=9), cropped)
     cropped.crop(-40)
-    assert torch.equal(logits_after(model, cropped),
-                       logits_after(model, prefilled(model, tokens(2, 70))))  # fmt: skip
+    plain = prefilled(model, prompts(kind, 2, 70))
+    assert torch.equal(logits_after(kind, model, cropped), logits_after(kind, model, plain))
 
 
-def test_one_by_one_equals_at_once(model: PreTrainedModel) -> None:
+def test_one_by_one_equals_at_once(kind: str, model: PreTrainedModel) -> None:
     with quantised_attention(model):
-        ids, cache = tokens(2, 71), None
+        ids, cache = prompts(kind, 2, 71), None
         for token in ids[:, :70].split(1, 1):
             cache = prefilled(model, token, cache)
         got = generate(model, ids, past_key_values=cache)
         assert torch.equal(got, generate(model, ids))
 
 
-def test_chunked_equals_whole(model: PreTrainedModel) -> None:
+def test_chunked_equals_whole(kind: str, model: PreTrainedModel) -> None:
     with quantised_attention(model):
-        whole = generate(model, tokens(2, 90))
-        assert torch.equal(generate(model, tokens(2, 90), prefill_chunk_size=17), whole)
+        whole = generate(model, prompts(kind, 2, 90))
+        assert torch.equal(generate(model, prompts(kind, 2, 90), prefill_chunk_size=17), whole)
 
 
-def test_reordered_equals_recomputed(model: PreTrainedModel) -> None:
+def test_reordered_equals_recomputed(kind: str, model: PreTrainedModel) -> None:
     order = torch.tensor([2, 0, 0])
-    cache = prefilled(model, tokens(3, 70))
+    cache = prefilled(model, prompts(kind, 3, 70))
     cache.reorder_cache(order)
-    fresh = prefilled(model, tokens(3, 70)[order])
-    torch.testing.assert_close(logits_after(model, cache), logits_after(model, fresh))
+    fresh = prefilled(model, prompts(kind, 3, 70)[order])
+    torch.testing.assert_close(logits_after(kind, model, cache), logits_after(kind, model, fresh))
 
 
-def test_beams_equal_their_sequences_scored_alone(model: PreTrainedModel) -> None:
+def test_beams_equal_their_sequences_scored_alone(kind: str, model: PreTrainedModel) -> None:
     """Scores that beams have gathered through reordered caches are those of each text by itself."""
     out = generate(
-        model, tokens(1, 66), num_beams=3, num_return_sequences=3, output_scores=True,
+        model, prompts(kind, 1, 66), num_beams=3, num_return_sequences=3, output_scores=True,
         return_dict_in_generate=True,
     )  # fmt: skip
     gathered = model.compute_transition_scores(
@@ -158,23 +165,23 @@ def _alone(model: PreTrainedModel, text: torch.Tensor, prompt: int) -> torch.Ten
     return total
 
 
-def test_prompt_lookup_equals_greedy(model: PreTrainedModel) -> None:
-    prompt = torch.cat([tokens(1, 40), tokens(1, 40)], 1)
+def test_prompt_lookup_equals_greedy(kind: str, model: PreTrainedModel) -> None:
+    prompt = torch.cat([prompts(kind, 1, 40), prompts(kind, 1, 40)], 1)
     with quantised_attention(model):
         greedy = generate(model, prompt)
         assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3), greedy)
 
 
-def test_repeated_rows_equal_rows_of_their_own(model: PreTrainedModel) -> None:
-    cache = prefilled(model, tokens(2, 70))
+def test_repeated_rows_equal_rows_of_their_own(kind: str, model: PreTrainedModel) -> None:
+    cache = prefilled(model, prompts(kind, 2, 70))
     cache.batch_repeat_interleave(2)
-    fresh = prefilled(model, tokens(2, 70).repeat_interleave(2, 0))
-    torch.testing.assert_close(logits_after(model, cache), logits_after(model, fresh))
+    fresh = prefilled(model, prompts(kind, 2, 70).repeat_interleave(2, 0))
+    torch.testing.assert_close(logits_after(kind, model, cache), logits_after(kind, model, fresh))
 
 
-def test_reset_equals_new(model: PreTrainedModel) -> None:
-    cache = prefilled(model, tokens(2, 70))
+def test_reset_equals_new(kind: str, model: PreTrainedModel) -> None:
+    cache = prefilled(model, prompts(kind, 2, 70))
     cache.reset()
-    again = prefilled(model, tokens(2, 70), cache)
-    fresh = prefilled(model, tokens(2, 70))
-    assert torch.equal(logits_after(model, again), logits_after(model, fresh))
+    again = prefilled(model, prompts(kind, 2, 70), cache)
+    fresh = prefilled(model, prompts(kind, 2, 70))
+    assert torch.equal(logits_after(kind, model, again), logits_after(kind, model, fresh))
