@@ -32,6 +32,7 @@ from kvquant_compile.errors import (
 )
 from kvquant_compile.evaluate.score import quantised_attention
 from kvquant_compile.export import OnnxSession, export_onnx, export_pt2, load_pt2
+from kvquant_compile.memory import MemoryReport, max_context, memory_report
 from kvquant_compile.runtime.cache import QuantizedCache
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "CacheError",
     "CalibrationError",
     "KVQuantError",
+    "MemoryReport",
     "MissingDependencyError",
     "OnnxSession",
     "OptionError",
@@ -55,6 +57,8 @@ __all__ = [
     "export_pt2",
     "load_cache",
     "load_pt2",
+    "max_context",
+    "memory_report",
     "new_cache",
     "optimize",
     "quantised_attention",

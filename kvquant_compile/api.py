@@ -21,6 +21,7 @@ from kvquant_compile.config import Bits
 from kvquant_compile.dump import dumping
 from kvquant_compile.inspect.explained import explained
 from kvquant_compile.inspect.report import Report, build_report
+from kvquant_compile.memory.fit import Request, optimize_within
 from kvquant_compile.mixed.choose import calibrate_mixed
 from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.passes.recognise import recognise
@@ -42,6 +43,9 @@ def optimize(
     bits: Bits | Mapping[int, Bits] | float | str | None = None,
     *,
     budget: float | str | None = None,
+    context: int | None = None,
+    memory: int | float | str | None = None,
+    batch: int = 1,
     allocation: str = "measured",
     recipe: str | Recipe | Callable[..., Recipe] | None = None,
     calibration: Any = None,
@@ -73,6 +77,11 @@ def optimize(
             values get widths of their own, by sensitivity, within the bytes of such a mixture.
         budget: for ``bits="auto"``: effective bits per element (2.9), everything stored for a
             full page included, or bytes a token over all layers ("1.5 kB").
+        context: tokens of every sequence that have to fit into ``memory``. The widths are then the
+            largest that fit, as measured on the result; given ones are only checked, and "auto"
+            takes the memory as its budget.
+        memory: bytes for everything, weights included: a number, "24 GB" or "24 GiB".
+        batch: sequences that have to fit.
         allocation: how sensitivity is found: "measured" (divergence of the model's logits with
             one layer's keys or values quantised at a time) or "fisher" (from the gradients of
             calibration, much faster).
@@ -107,7 +116,13 @@ def optimize(
     Raises:
         KVQuantError: something cannot be honoured; nothing was changed then.
     """
+    options_given = dict(locals())  # before anything else is bound
     refuse_optimised(model)
+    if context is not None or memory is not None:
+        for name in ("model", "context", "memory", "batch"):
+            del options_given[name]
+        request = Request.make(context, memory, batch)
+        return optimize_within(optimize, model, request, options_given)
     check_chunk(prefill_chunk)
     given = given_artifact(calibration)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)

@@ -32,7 +32,7 @@ def configure(asked: str) -> None:
     """
     package = logging.getLogger(PACKAGE)
     package.addHandler(logging.NullHandler())
-    levels = {}
+    levels: dict[str, int] = {}
     for word in filter(None, (word.strip() for word in asked.split(","))):
         sign = word[0] if word[0] in "+-" else ""
         name = word[len(sign) :]

@@ -23,3 +23,10 @@ def parse_layout(text: str) -> Layout:
         OptionError: a recipe's block is not there.
     """
     return BlockLayout.parse(text) if text.startswith(PREFIX) else PageLayout.parse(text)
+
+
+def page_layout(spec: Format, heads: int, key_dim: int, value_dim: int, itemsize: int) -> Layout:
+    """The pages of a format for a layer of so many kv heads and channels; ``itemsize`` is of the
+    model's dtype."""
+    kind = BlockLayout if isinstance(spec, Recipe) else PageLayout
+    return kind(spec, heads, key_dim, value_dim, itemsize)  # type: ignore[arg-type]

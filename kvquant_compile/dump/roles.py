@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -12,7 +12,7 @@ from kvquant_compile.capture.markers import MASK
 from kvquant_compile.dump.snapshot import GraphView
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import CONSTANT_PREFIX, STEP_INPUTS
-from kvquant_compile.passes.taint import rotation_site, taint
+from kvquant_compile.passes.taint import Taint, rotation_site, taint
 
 KEY, VALUE = "key", "value"
 KEY_ROTATION, QUERY_ROTATION = "key-rotation", "query-rotation"
@@ -56,13 +56,10 @@ def captured_roles(captured: Captured, layers: Sequence[MatchedLayer]) -> dict[s
     for layer in layers:
         index = layer.plan.index
         for attend in layer.attends:
-            query = attend.all_input_nodes[0]
-            start = rotation_site(query, known)
-            if start.pre is not None and start.mixed:
-                turned = between(start.pre, query)
-                roles |= dict.fromkeys(_names(turned), Role(QUERY_ROTATION, index))
+            turned = _rotation(attend.all_input_nodes[0], known)
+            roles |= dict.fromkeys(turned, Role(QUERY_ROTATION, index))
             roles[attend.name] = Role(ATTEND, index)
-        roles |= dict.fromkeys(_names(between(layer.key_pre, layer.key)), Role(KEY_ROTATION, index))
+        roles |= dict.fromkeys(_rotation(layer.key, known), Role(KEY_ROTATION, index))
         roles[layer.key_pre.name] = Role(KEY, index)
         roles[layer.value.name] = Role(VALUE, index)
         roles[layer.append.name] = Role(APPEND, index)
@@ -113,5 +110,9 @@ def between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _names(nodes: Iterable[fx.Node]) -> list[str]:
-    return [node.name for node in nodes]
+def _rotation(end: fx.Node, known: Taint) -> list[str]:
+    """Names of the nodes that positions take part in, up to ``end``."""
+    site = rotation_site(end, known)
+    if site.pre is None or not site.mixed:
+        return []
+    return [node.name for node in between(site.pre, end)]

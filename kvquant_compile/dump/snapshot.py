@@ -31,7 +31,7 @@ class NodeView:
         inputs: names of the nodes it reads.
         value: type and shape, ``f32[B, S, 64]``; empty where it is not known.
         tensor: whether it is known to be a tensor (sizes and constants are not).
-        module: path of the module that it was traced in.
+        module: path of the module that it belongs to.
         source: line of the model; None for what no line says.
         replaces: name of the marker that it stands for; empty for all but ops of the rewrite.
     """
@@ -67,11 +67,13 @@ class GraphView:
 def snapshot(stage: str, gm: fx.GraphModule) -> GraphView:
     """What a graph is now."""
     sizes = _size_names(gm.graph)
-    return GraphView(stage, tuple(_view(gm, node, sizes) for node in gm.graph.nodes))
+    modules = _modules(gm.graph)
+    return GraphView(
+        stage, tuple(_view(gm, node, sizes, modules.get(node, "")) for node in gm.graph.nodes)
+    )
 
 
-def _view(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[str, str]) -> NodeView:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
+def _view(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[str, str], module: str) -> NodeView:
     value = node.meta.get("val")
     if node.op == "get_attr" and value is None:
         value = attribute(gm, str(node.target))
@@ -86,10 +88,24 @@ def _view(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[str, str]) -> NodeVi
         inputs=tuple(source.name for source in node.all_input_nodes),
         value=_type(value, sizes),
         tensor=isinstance(value, Tensor | tuple | list) or value is None,
-        module=str(stack[-1][0]) if stack else "",
+        module=module,
         source=source_line(node),
         replaces=str(node.meta.get(REPLACES, "")),
     )
+
+
+def _modules(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Paths of the modules that nodes were traced in; what a pass added is where its inputs are."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    found: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        inputs = [source for source in node.all_input_nodes if source in found]
+        if stack:
+            found[node] = str(stack[-1][0])
+        elif inputs and node.op == "call_function":
+            found[node] = found[max(inputs, key=order.__getitem__)]
+    return found
 
 
 def _target(node: fx.Node) -> str:

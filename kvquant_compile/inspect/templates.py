@@ -23,7 +23,12 @@ def render(name: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["error"] = _error
     return environment.get_template(name).render(**values)
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
 
 
 def asset(name: str) -> str:

@@ -10,10 +10,8 @@ from kvquant_compile.calib.calibrate import CalibrationOptions, fit_tables
 from kvquant_compile.calib.observe import Observed
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.algebra import Recipe
-from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.algebra.recipe import RecipeTables
-from kvquant_compile.codec.formats import Format, Tables
-from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.formats import Format, Tables, page_layout
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.errors import OptionError
 from kvquant_compile.evaluate.stored import KEYS, PARTS, VALUES, Trip, round_trip
@@ -195,9 +193,8 @@ def _page_bytes(
     total = 0
     for layer in layers:
         plan = layer.plan
-        spec = formats[plan.index]
-        kind = BlockLayout if isinstance(spec, Recipe) else PageLayout
-        layout = kind(spec, plan.kv_heads, plan.key_dim, plan.value_dim, itemsize)  # type: ignore[arg-type]
+        sizes = (plan.kv_heads, plan.key_dim, plan.value_dim, itemsize)
+        layout = page_layout(formats[plan.index], *sizes)
         total += plan.kv_heads * layout.page_bytes
     return total
 

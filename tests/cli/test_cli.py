@@ -121,8 +121,11 @@ def test_calibrate_then_explain_and_optimize_from_the_artifact(
     assert max(report["validation"].values()) < TOLERANCE[getattr(torch, report["dtype"])]
 
     code, out, _ = run("optimize", "--model", MODEL, "--prompt", PROMPT, "--tokens", "6",
-                       "--calibration", path)  # fmt: skip
+                       "--calibration", path, "--dump", str(tmp_path / "dump"))  # fmt: skip
     assert code == 0
+    page = (tmp_path / "dump" / "index.html").read_text(encoding="utf-8")
+    assert "backbone.layers.0 to backbone.layers.5 (6 alike)" in page
+    assert len(page.encode()) < 2_000_000
     assert out.startswith(PROMPT)
     assert len(out.strip()) > len(PROMPT)
 

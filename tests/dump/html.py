@@ -24,11 +24,13 @@ class Page(HTMLParser):
     Attributes:
         elements: in order.
         words: all text outside scripts and styles.
+        prose: the same outside listings and drawings.
         ids: of elements, in order.
     """
 
     elements: list[Element] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    prose: list[str] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not {"script", "style"} & set(self.open):
             self.words.append(data)
+            self.prose += [] if {"pre", "svg"} & set(self.open) else [data]
 
     @property
     def text(self) -> str:
