@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import (
     DynamicIndexedLayer,
@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from kvquant_compile.capture.failures import definition_line
 from kvquant_compile.capture.leaves import Watch, WatchedCache
 from kvquant_compile.capture.markers import APPEND
 from kvquant_compile.capture.mask_kind import MaskKind
@@ -136,9 +137,27 @@ def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
         if getattr(type(layer), "update", None) not in _PLAIN_UPDATES:
             raise UnsupportedModelError(
                 "the model cannot be captured",
+                where=definition_line(type(layer)),
                 why=f"its cache layer {index} is a {type(layer).__name__}, which keeps more than"
                 " keys, values and a recurrent state (an index, or compressed keys)",
                 do="Report the model; such caches are not supported.",
             )
         cache.layers[index] = CaptureLayer(index, past, seen)
     return cache
+
+
+def refuse_positions(cache: WatchedCache, backbone: nn.Module) -> None:
+    """Refuse models whose cache layers remember positions beside keys.
+
+    Raises:
+        UnsupportedModelError: one of them does.
+    """
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "indexer_position_ids", None) is not None:
+            raise UnsupportedModelError(
+                "the model cannot be captured",
+                where=definition_line(type(backbone)),
+                why=f"its cache layer {index} keeps the positions of all tokens, from which its"
+                " index makes rotations anew in every step",
+                do="Report the model; such caches are not supported.",
+            )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvquant_compile.capture.capture_cache import Firings
+from kvquant_compile.capture.failures import calling_line
 from kvquant_compile.capture.markers import ATTEND, MASK
 from kvquant_compile.capture.mask_kind import MaskKind, mask_kind
 from kvquant_compile.errors import UnsupportedLayerError
@@ -54,6 +55,7 @@ def _attention_marker(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     _active.attends += 1
+    _refuse_bias(module, layer, attention_mask)
     _note_mask(attention_mask)
     _active.derived |= not any(key is k and value is v for k, v in _active.appended)
     out = ATTEND(
@@ -71,6 +73,18 @@ def _note_mask(mask: Tensor | None) -> None:
     _active.attended.update(places or range(len(_active.masks)))
 
 
+def _refuse_bias(module: nn.Module, layer: int, mask: Tensor | None) -> None:
+    """Masks that are numbers are computed by the model: they bias scores by what it knows."""
+    if mask is not None and mask.dtype is not torch.bool:
+        raise UnsupportedLayerError(
+            "an attention layer cannot be captured",
+            where=f"{type(module).__name__}, layer {layer}, {calling_line(module)}",
+            why=f"it adds a tensor {list(mask.shape)} of its own to the scores instead of a causal"
+            " mask, and such biases may depend on data",
+            do="Report the model; only causal, sliding and chunked masks are supported.",
+        )
+
+
 def _refuse_unknown(
     module: nn.Module, layer: int, others: dict[str, Any], sinks: Tensor | None
 ) -> None:
@@ -80,7 +94,7 @@ def _refuse_unknown(
     if unknown:
         raise UnsupportedLayerError(
             "an attention layer cannot be captured",
-            where=f"{type(module).__name__}, layer {layer}",
+            where=f"{type(module).__name__}, layer {layer}, {calling_line(module)}",
             why=f"it passes {', '.join(unknown)} to the attention function, whose meaning is"
             " not known here",
             do="Report the model; guessing would give silently wrong attention.",

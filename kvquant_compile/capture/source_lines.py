@@ -24,6 +24,11 @@ class SourceLine:
     line: int
     text: str
 
+    @staticmethod
+    def short(file: str) -> str:
+        """A path's file name."""
+        return file.replace("\\", "/").rsplit("/", 1)[-1]
+
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.text}"
 
@@ -35,5 +40,5 @@ def source_line(node: fx.Node) -> SourceLine | None:
     if not frames:
         return None
     at, frame = frames[-1]
-    file = frame["file"].replace("\\", "/").rsplit("/", 1)[-1]
+    file = SourceLine.short(frame["file"])
     return SourceLine(file, int(frame["line"]), " ".join(lines[at + 1 :]))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +13,19 @@ from transformers import PreTrainedModel
 
 from kvquant_compile.capture.audit import audit_firings, audit_graph
 from kvquant_compile.capture.cache_inputs import mark_appends
-from kvquant_compile.capture.capture_cache import Firings, capture_cache
+from kvquant_compile.capture.capture_cache import Firings, capture_cache, refuse_positions
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
 from kvquant_compile.capture.embedding import (
     PER_LAYER,
     has_per_layer_inputs,
     random_embedded,
+)
+from kvquant_compile.capture.failures import (
+    OTHER_MODEL,
+    definition_line,
+    export_errors,
+    not_running,
 )
 from kvquant_compile.capture.hf_hooks import attention_by, markers_in
 from kvquant_compile.capture.hf_selfcheck import self_check
@@ -36,7 +41,6 @@ from kvquant_compile.observer import SILENT, Observer
 
 # Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
 _BATCH, _TOKENS, _PAST = 2, 6, 5
-_OTHER_MODEL = "Use a decoder-only language model with a key-value cache."
 
 
 class _Flat(nn.Module):
@@ -58,12 +62,14 @@ class _Flat(nn.Module):
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
         if per_layer_inputs is not None:
             inputs[PER_LAYER] = per_layer_inputs
+        cache = capture_cache(self.config, past, self.seen)
         out = self.backbone(
             inputs_embeds=hidden,
-            past_key_values=capture_cache(self.config, past, self.seen),
+            past_key_values=cache,
             use_cache=True,
             **{name: value for name, value in inputs.items() if name in self.takes},
         )
+        refuse_positions(cache, self.backbone)
         return out.last_hidden_state
 
 
@@ -111,7 +117,7 @@ def refuse_by_config(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{name} cannot be captured", why="it is an encoder-decoder model", do=_OTHER_MODEL
+            f"{name} cannot be captured", why="it is an encoder-decoder model", do=OTHER_MODEL
         )
     if _mentions_dynamic_rope(model.config.to_dict()):
         raise UnsupportedModelError(
@@ -151,14 +157,14 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     if missing:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be captured",
-            where=type(backbone).__name__,
+            where=f"{type(backbone).__name__}, {definition_line(type(backbone))}",
             why=f"its forward takes no {' and no '.join(missing)}"
             + (
                 ": it is no decoder with a key-value cache"
                 if len(missing) > 1 or missing == ["past_key_values"]
                 else ", behind which it could be captured"
             ),
-            do=_OTHER_MODEL,
+            do=OTHER_MODEL,
         )
     return backbone
 
@@ -190,11 +196,7 @@ def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) 
         if seen.masks and not seen.attends:  # its own code needs a mask of its own
             seen.appends = max(1, seen.appends)
             return seen
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured",
-            why=f"its backbone does not run on embedded tokens and a cache: {error}",
-            do=_OTHER_MODEL,
-        ) from error
+        raise not_running(model, backbone, like, error) from error
     audit_firings(type(model).__name__, seen)
     return seen
 
@@ -220,7 +222,7 @@ def _export(
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
 
-    with _export_errors(model):
+    with export_errors(model):
         return _with_leaves(export, tracing, eager.watch, backbone, config)
 
 
@@ -249,7 +251,7 @@ def _own_attention(
     """The marked graph of a model whose attention is code of its own."""
     step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
     before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
-    with _export_errors(model), attention_by(backbone, "eager"):
+    with export_errors(model), attention_by(backbone, "eager"):
         caches = cache_inputs(backbone, config, before)
         program = export_with_cache(backbone, config, step, caches)
     return marked_graph(program, caches.layout, observer)
@@ -266,7 +268,7 @@ def _derived_keys(
     step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
     before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
     tracing = Firings(masks=eager.masks, replaying=True)
-    with _export_errors(model):
+    with export_errors(model):
         caches = cache_inputs(backbone, config, before)
 
         def export() -> torch.export.ExportedProgram:
@@ -280,17 +282,3 @@ def _derived_keys(
     mark_appends(gm, caches.layout)
     call_leaves(gm, leaves)
     return gm
-
-
-@contextmanager
-def _export_errors(model: PreTrainedModel) -> Iterator[None]:
-    try:
-        yield
-    except KVQuantError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured",
-            why=f"torch.export failed: {str(error).strip().splitlines()[0]}",
-            do="Models whose Python control flow depends on tensor data are not supported.",
-        ) from error

@@ -7,6 +7,7 @@ from torch import fx
 
 from kvquant_compile.capture.markers import MASK
 from kvquant_compile.capture.reference import CAUSAL, CHUNKED, SLIDING
+from kvquant_compile.capture.source_lines import source_line
 from kvquant_compile.errors import UnsupportedLayerError
 from kvquant_compile.passes.taint import float_value
 from kvquant_compile.plan import AttendPlan
@@ -23,7 +24,8 @@ def attend_plan(attend: fx.Node) -> AttendPlan:
     query, _, _, mask, sinks, layer, scaling, softcap, window, causal, *more = attend.args
     slopes, selected = (*more, None, None)[:2]
     assert isinstance(query, fx.Node)
-    kind, size = mask_window(mask, causal=bool(causal), window=window, where=f"layer {layer}")
+    where = f"layer {layer}, {source_line(attend) or 'of unknown source'}"
+    kind, size = mask_window(mask, causal=bool(causal), window=window, where=where)
     return AttendPlan(
         query_heads=int(float_value(query).shape[1]),
         scale=float(scaling),  # type: ignore[arg-type]

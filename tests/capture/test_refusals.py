@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvquant_compile.capture import capture
 from kvquant_compile.errors import OptionError, UnsupportedLayerError, UnsupportedModelError
@@ -169,3 +170,20 @@ def test_an_original_that_contradicts_itself_is_said_to():
 
 def test_a_cache_that_never_forgets_within_the_context_is_one():
     assert capture(build("moshi")).evidence["appends"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("minimax", r"modeling_minimax.py:\d+.*a class of its own \(MiniMaxCache"),
+        ("doge", r"DogeAttention, layer 0, modeling_doge.py:\d+: attn_output.*tensor \[2, 4"),
+        ("inkling_text", r"modeling_inkling.py:\d+: attn_output.*passes position_bias"),
+        ("qwen4_exp_text", r"modeling_qwen4_exp.py:\d+.*keeps the positions of all tokens"),
+        ("cpmant", r"CpmAntModel, modeling_cpmant.py:\d+.*takes no inputs_embeds"),
+    ],
+)
+def test_refusals_name_the_line_and_the_reason(model_type, said):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("these transformers have no such type")
+    with pytest.raises((UnsupportedLayerError, UnsupportedModelError), match=said):
+        capture(build(model_type))
