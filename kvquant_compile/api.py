@@ -19,6 +19,7 @@ from kvquant_compile.checks import check_asked, check_refusals, given_artifact, 
 from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.config import Bits
 from kvquant_compile.dump import dumping
+from kvquant_compile.inspect.certificates import certificates as layer_certificates
 from kvquant_compile.inspect.explained import explained
 from kvquant_compile.inspect.report import Report, build_report
 from kvquant_compile.memory.fit import Request, optimize_within
@@ -230,6 +231,17 @@ def use_cuda_graphs(model: nn.Module, enabled: bool = True) -> None:
     installed(model).cuda_graphs = enabled
 
 
+def certificates(model: nn.Module) -> dict[int, dict[str, Any]]:
+    """What was proved of every cache layer, as JSON-able records; see
+    :mod:`kvquant_compile.inspect.certificates`, which also writes and checks them.
+
+    Raises:
+        OptionError: the model is not optimised.
+    """
+    state = installed(model)
+    return layer_certificates(state.captured, state.layers, state.report.validation)
+
+
 def artifact(model: nn.Module) -> Artifact:
     """The formats and tables of an optimised model, to be saved and used again.
 
@@ -266,6 +278,7 @@ def load_cache(path: str | Path, model: nn.Module) -> QuantizedCache:
 
 __all__ = [
     "artifact",
+    "certificates",
     "explain",
     "load_cache",
     "new_cache",
