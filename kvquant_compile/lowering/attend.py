@@ -134,7 +134,8 @@ def _blocks(
 
     ``limit`` [B] tokens may be seen of the ``stored`` [B] that the cache holds by now.
     """
-    end = -(-int(limit.max()) // PAGE_TOKENS)
+    shortest, longest = int(limit.min()), int(limit.max())
+    end = -(-longest // PAGE_TOKENS)
     start = 0
     if window:
         oldest = int(torch.where(slots >= 0, slots, slots.new_full((), 2**30)).min())
@@ -143,8 +144,12 @@ def _blocks(
         last = min(end, page + BLOCK_PAGES)
         keys, values = read_block(cache, page, last, stored, query.dtype)
         first = page * PAGE_TOKENS
-        count = min(int(limit.max()), last * PAGE_TOKENS) - first
+        count = min(longest, last * PAGE_TOKENS) - first
         keys, values = keys[:, :, :count], values[:, :, :count]
+        if shortest < first + count:
+            # What a shorter sequence once had there may be NaN, which survives a weight of zero.
+            beyond = torch.arange(first, first + count, device=limit.device) >= limit[:, None]
+            values = values.masked_fill(beyond[:, None, :, None], 0)
         yield first, rotate(keys, cache.positions[:, first : first + count], cache), values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from kvquant_compile import CacheError, QuantizedCache
 from kvquant_compile.runtime.layer import QuantizedLayer
 from kvquant_compile.runtime.paged import PagedStorage
 from tests.fuzz.machine import Injected, failing
-from tests.generate.models import generate, original, raw_pages, three_bits
+from tests.generate.models import generate, left_padded, original, raw_pages, three_bits
 from tests.survey.case import build
 from tests.zoo import tokens
 
@@ -150,10 +151,12 @@ def test_failed_step_of_a_recurrent_model_leaves_a_cache_that_says_so() -> None:
 # -- numbers that are none
 
 
-def _with_one(model: PreTrainedModel, ids: torch.Tensor, value: float) -> torch.Tensor:
-    """Embedded tokens, of which one channel of token 5 of row 0 is ``value``."""
+def _with_one(
+    model: PreTrainedModel, ids: torch.Tensor, value: float, column: int = 5
+) -> torch.Tensor:
+    """Embedded tokens, of which one channel in a column of row 0 is ``value``."""
     embedded = model.get_input_embeddings()(ids).detach().clone()
-    embedded[0, 5, 3] = value
+    embedded[0, column, 3] = value
     return embedded
 
 
@@ -193,3 +196,23 @@ def test_numbers_that_are_none_go_with_the_tokens_that_are_cropped(count: int) -
         got = model(more, past_key_values=cache).logits
         expected = model(more, past_key_values=prefilled(model, tokens(2, 4))).logits
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("bits", [16, 3])
+def test_they_go_from_shorter_rows_too(bits: int) -> None:
+    """Row 0's slots behind its end are read with row 1's, and weighted with zero."""
+    ids, mask = left_padded(80, 50, 0)
+    more = torch.cat([mask[:, :60], torch.ones(2, 1, dtype=torch.int64)], 1)
+    with raw_pages("llama") if bits == 16 else contextlib.nullcontext(three_bits()) as model:
+        embedded, answers = _with_one(model, ids, torch.nan, column=65), []
+        for cropped in (True, False):
+            with torch.no_grad():
+                cache = model(ids[:, :60], attention_mask=mask[:, :60]).past_key_values
+                if cropped:
+                    rest = embedded[:, 60:]
+                    model(inputs_embeds=rest, attention_mask=mask, past_key_values=cache)
+                    cache.crop(-20)
+                step = tokens(2, 1, seed=3)
+                out = model(step, attention_mask=more, past_key_values=cache)
+            answers.append(out.logits)
+    assert torch.equal(*answers)
