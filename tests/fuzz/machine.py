@@ -3,9 +3,8 @@
 Two oracles judge it. Losslessly, every step's logits are those of the original model with
 transformers' own cache, led through the same history. Always, what a row's pages give back is what
 those of a fresh cache do that was given the row's tokens alone, step by step. At 3 bits that is
-equal to the bit in the first layer, which codes every token by itself; in the others keys and
-values have gone through an attention whose rounding depends on padding and batch, which turns a
-code now and then.
+equal to the bit in the first layer and in float64. Otherwise projections, and attention before the
+other layers, round differently with padding and batch, which turns a code now and then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stateful fuzzing of the cache: 300 steps by default, 10,000 and more with ``--slow``."""
+"""Stateful fuzzing of the cache: 300 steps by default, 12,000 with ``--slow``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ STEPS = 50
 
 
 @functools.cache
-def optimised(bits: int) -> PreTrainedModel:
+def optimised(bits: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     calibration = tokens(4, 64, seed=7)
     return kvquant_compile.optimize(
-        tiny("llama"), bits=bits, calibration=calibration, sensitivity="none", progress=False
+        tiny("llama").to(dtype),
+        bits=bits,
+        calibration=calibration,
+        sensitivity="none",
+        progress=False,
     )
 
 
@@ -34,17 +38,32 @@ class Lossless(CacheMachine):
 
 
 class ThreeBits(CacheMachine):
-    """Packed pages against pages of the row alone."""
+    """Packed pages against pages of the row alone; where codes turn, they are few."""
+
+    dtype = torch.float32
 
     def __init__(self) -> None:
-        self.optimised = optimised(3)
+        self.optimised = optimised(3, self.dtype)
         super().__init__()
+
+    def assert_same_contents(self, ours: torch.Tensor, alone: torch.Tensor, layer: int) -> None:
+        turned = (ours - alone).abs() > 0.02 * alone.abs().amax()
+        assert int(turned.sum()) <= 2 + ours.numel() // 500
+
+
+class ThreeBitsExactly(ThreeBits):
+    """In float64, whose projections round alike in any batch as far as codes can tell: the first
+    layer's pages to the bit."""
+
+    dtype = torch.float64
 
     def assert_same_contents(self, ours: torch.Tensor, alone: torch.Tensor, layer: int) -> None:
         if layer == 0:
             assert torch.equal(ours, alone)
-        turned = (ours - alone).abs() > 0.02 * alone.abs().amax()
-        assert int(turned.sum()) <= 2 + ours.numel() // 500
+        super().assert_same_contents(ours, alone, layer)
+
+
+MACHINES = [Lossless, ThreeBits, ThreeBitsExactly]
 
 
 def run(machine: type[RuleBasedStateMachine], steps: int, *, fixed: bool) -> None:
@@ -61,13 +80,13 @@ def run(machine: type[RuleBasedStateMachine], steps: int, *, fixed: bool) -> Non
     )
 
 
-@pytest.mark.parametrize("machine", [Lossless, ThreeBits])
+@pytest.mark.parametrize("machine", MACHINES)
 def test_random_use(machine: type[RuleBasedStateMachine]) -> None:
-    run(machine, 150, fixed=True)
+    run(machine, 100, fixed=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("machine", [Lossless, ThreeBits])
+@pytest.mark.parametrize("machine", MACHINES)
 def test_random_use_for_long(machine: type[RuleBasedStateMachine]) -> None:
-    run(machine, 5000, fixed=False)
+    run(machine, 4000, fixed=False)
