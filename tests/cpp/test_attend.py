@@ -18,7 +18,10 @@ from tests.triton.cases import Case, relative_error
 from tests.triton.run_cases import FEATURES, FORMATS
 
 pytestmark = pytest.mark.skipif(bool(toolchain_failure()), reason=toolchain_failure() or "never")
-TOLERANCE = 5e-6
+TOLERANCE = 4e-5
+"""Weights of values are whole numbers of 16 bits where the machine multiplies bytes."""
+
+EXACT = 2e-6
 ONE_OF_EACH = replace(FORMATS["k2v4 one of each"], heads=2, rep=3)
 
 
@@ -28,7 +31,8 @@ def check(case: Case, *, native: bool = True) -> None:
     expected, expected_lse = built.expected()
     real = (built.slots >= 0)[:, :, None, None].expand_as(expected)
     rounding = torch.finfo(case.dtype).eps if case.dtype != torch.float32 else 0
-    assert relative_error(output[real], expected[real]) <= TOLERANCE + rounding
+    tolerance = (TOLERANCE if native else EXACT) + rounding
+    assert relative_error(output[real], expected[real]) <= tolerance
     assert (output[~real] == 0).all()
     there = torch.isfinite(expected_lse) & (built.slots >= 0)[:, None]
     gap = (lse.double() - expected_lse)[there].abs()
@@ -98,7 +102,7 @@ def test_threads_share_the_work() -> None:
     finally:
         torch.set_num_threads(before)
     for a, b in zip(alone, together, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ static void attend_pages(const Arguments& a, const Task& task, Part* parts, floa
                a.value_table + 256 * task.head, a.gain + a.value_dim * task.head,
                a.offset + a.value_dim * task.head};
   Scratch s(queries);
-  std::vector<float> zeros(queries, 0.0f);
+  std::vector<float> zeros(queries, 0.0f), units(queries);
   std::vector<uint64_t> masks(queries);
   int limit = limit_of(a, task.row);
   if (!TURNING_QUADS) turn_queries(query, scale, queries, a.rope, 0, s.turned);
@@ -173,7 +173,7 @@ static void attend_pages(const Arguments& a, const Task& task, Part* parts, floa
       if (VALUE_SLOTS)
         for (int c = 0; c < VALUE_CHANNELS; c++) s.slot_sums[c * width + q] *= decay;
     }
-    add_values(at, head, queries, seen, zeros.data(), s);
+    add_values(at, head, queries, seen, zeros.data(), units.data(), s);
   }
   for (int q = 0; q < queries; q++)
     for (int i = 0; i < VALUE_SUMS; i++)

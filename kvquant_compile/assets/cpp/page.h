@@ -31,17 +31,17 @@ INLINE void turns_of(const uint64_t* steps, int32_t position, vf& cosine, vf& si
 // Everything one task needs beside its arguments; reused from page to page.
 struct Scratch {
   std::vector<float> memory;
-  float *keys, *turned, *scores, *weights, *sums, *slot_sums, *by_token, *turns;
+  float *keys, *turned, *scores, *weights, *sums, *slot_sums, *turns;
   explicit Scratch(int queries) {
     int sizes[] = {SETS * SET_FLOATS, queries * 2 * PAIRS, queries * 64, queries * 64,
                    queries * VALUE_SUMS * 16, VALUE_CHANNELS * width(queries),
-                   64 * width(queries), 16 * TURNING_QUADS * 32};
-    float** names[] = {&keys, &turned, &scores, &weights, &sums, &slot_sums, &by_token, &turns};
+                   16 * TURNING_QUADS * 32};
+    float** names[] = {&keys, &turned, &scores, &weights, &sums, &slot_sums, &turns};
     size_t count = 16;
     for (int size : sizes) count += (size + 15) / 16 * 16;
     memory.assign(count, 0.0f);
     size_t at = (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / 4;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 7; i++) {
       *names[i] = memory.data() + at;
       at += (sizes[i] + 15) / 16 * 16;
     }
@@ -134,10 +134,51 @@ INLINE void page_scores(const uint8_t* page, const Head& head, const float* turn
   }
 }
 
+// Four queries' products of sixteen tokens, by token: quad 4 j + g is of token 4 g + j.
+INLINE void by_token(const float* weights, int queries, vf residual, float* out) {
+  vf x[4];
+  for (int q = 0; q < 4; q++)
+    x[q] = q < queries ? load<vf>(weights + 64 * q) * residual : vf{};
+#define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define FIRST 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define SECOND 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+  vf low = SHUFFLE(x[0], x[1], LOW), other_low = SHUFFLE(x[2], x[3], LOW);
+  vf high = SHUFFLE(x[0], x[1], HIGH), other_high = SHUFFLE(x[2], x[3], HIGH);
+  store(out, SHUFFLE(low, other_low, FIRST));
+  store(out + 16, SHUFFLE(low, other_low, SECOND));
+  store(out + 32, SHUFFLE(high, other_high, FIRST));
+  store(out + 48, SHUFFLE(high, other_high, SECOND));
+#undef LOW
+#undef HIGH
+#undef FIRST
+#undef SECOND
+}
+
+// A slot of every token: its weighted residual, to the sum of its channel.
+INLINE void add_value_slot(const uint8_t* page, int slot, int queries, uint64_t seen, Scratch& s) {
+  const uint8_t* index = page + VALUE_SLOT_INDEX + sizeof(ValueIndex) * 64 * slot;
+  int width = Scratch::width(queries);
+  for (int first = 0; first < 64; first += 16) {
+    vf residual = load_halves(page + VALUE_SLOT_RESIDUAL + 2 * (64 * slot + first));
+    for (int q = 0; q < queries; q += 4) {
+      alignas(64) float products[64];
+      by_token(s.scores + 64 * q + first, queries - q, residual, products);
+      for (int i = 0; i < 16; i++) {
+        if (~seen && !(seen >> (first + i) & 1)) continue;
+        ValueIndex channel;
+        std::memcpy(&channel, index + sizeof(ValueIndex) * (first + i), sizeof channel);
+        float* to = s.slot_sums + channel * width + q;
+        store(to, load<quad>(to) + load<quad>(products + 16 * (i & 3) + 4 * (i >> 2)));
+      }
+    }
+  }
+}
+
 // Weights p [queries][64] times token scales, values, zeros and slots into the running sums.
 // `seen` says which tokens any query sees: what the others hold counts for nothing.
 INLINE void add_values(const uint8_t* page, const Head& head, int queries, const uint64_t seen,
-                       float* zeros, Scratch& s) {
+                       float* zeros, float* units, Scratch& s) {
   alignas(64) float scale[64], zero[64];
   for (int i = 0; i < 4; i++) {
     vf x = load_halves(page + VALUE_SCALE_ZERO + 64 * i);
@@ -148,7 +189,6 @@ INLINE void add_values(const uint8_t* page, const Head& head, int queries, const
   if (~seen)
     for (int i = 0; i < 64; i++)
       if (!(seen >> i & 1)) scale[i] = zero[i] = 0;
-  int width = Scratch::width(queries);
   for (int q = 0; q < queries; q++) {
     vf sum = {};
     alignas(64) float scaled[64];
@@ -158,26 +198,22 @@ INLINE void add_values(const uint8_t* page, const Head& head, int queries, const
       store(scaled + i, p * load<vf>(scale + i));
     }
     zeros[q] += total(sum);
+#if BYTE_VALUES
+    units[q] = byte_weights(scaled, reinterpret_cast<uint8_t*>(s.weights) + 128 * q);
+#else
     lane_weights(scaled, s.weights + 64 * q);
     lane_weights(scaled + 32, s.weights + 64 * q + 32);
-    if (VALUE_SLOTS)
-      for (int i = 0; i < 64; i++) s.by_token[i * width + q] = s.scores[64 * q + i];
+#endif
   }
+#if BYTE_VALUES
+  for (int half = 0; half < 2; half++)
+    add_bytes(page, half, head.value_table, reinterpret_cast<const uint8_t*>(s.weights), units,
+              queries, s.sums);
+#else
   for (int hc = 0; hc < 4; hc++)
     unpack_values(page, hc >> 1, hc & 1, head.value_table, s.weights + 32 * (hc >> 1), queries,
                   s.sums);
-  for (int slot = 0; slot < VALUE_SLOTS; slot++) {
-    alignas(64) float residual[64];
-    for (int i = 0; i < 64; i += 16)
-      store(residual + i, load_halves(page + VALUE_SLOT_RESIDUAL + 2 * (64 * slot + i)));
-    const uint8_t* index = page + VALUE_SLOT_INDEX + sizeof(ValueIndex) * 64 * slot;
-    for (int i = 0; i < 64; i++) {
-      if (!(seen >> i & 1)) continue;
-      ValueIndex channel;
-      std::memcpy(&channel, index + sizeof(ValueIndex) * i, sizeof channel);
-      float* to = s.slot_sums + channel * width;
-      for (int q = 0; q < width; q += 4)
-        store(to + q, load<quad>(to + q) + load<quad>(s.by_token + i * width + q) * residual[i]);
-    }
-  }
+#endif
+  for (int slot = 0; slot < VALUE_SLOTS; slot++)
+    add_value_slot(page, slot, queries, seen, s);
 }

@@ -19,6 +19,11 @@ _VALUE_ARGUMENTS = (
     "int queries, float* sums"
 )
 
+_BYTE_ARGUMENTS = (
+    "const uint8_t* page, int half, const float* levels, const uint8_t* weights, "
+    "const float* units, int queries, float* sums"
+)
+
 
 def kernel_source(spec: CppSpec) -> str:
     """C++ of one kernel; its entry is ``extern "C" attend``."""
@@ -30,6 +35,9 @@ def kernel_source(spec: CppSpec) -> str:
     _write_keys(out, spec)
     out("", _shared("values.h"))
     _write_values(out, spec)
+    out(f"#define VALUE_BITS_LOOKED_UP {int(spec.layout.spec.value_bits <= 4)}")
+    out(_shared("value_bytes.h"))
+    _write_value_bytes(out, spec)
     out("", _shared("page.h"), _shared("attend.h"))
     return out.text()
 
@@ -110,6 +118,23 @@ def _write_values(out: CppSource, spec: CppSpec) -> None:
                 out(f"add_channels({found}, weights, queries, {at}, sums);")
     if words.sections == 1:
         _write_choice(out, "unpack_values", _VALUE_ARGUMENTS)
+
+
+def _write_value_bytes(out: CppSource, spec: CppSpec) -> None:
+    """``add_bytes``: weighted sums of all tokens of a page for sixteen lanes, in whole numbers."""
+    layout = spec.layout
+    bits, channels = layout.spec.value_bits, spec.value_channels
+    words = CodeWords(layout.offsets["value_codes"][0], bits, channels // 8)
+    out("#if BYTE_VALUES")
+    with out.block(f"static void add_bytes({_BYTE_ARGUMENTS})"):
+        words.read(out, 0, name="a", which="0")
+        words.read(out, 1, name="b", which="1")
+        out("__m512i table = byte_table(levels);")
+        for mt in range(channels // 16):
+            selectors = ", ".join(f"{chunk}{2 * mt + xy}" for chunk in "ab" for xy in range(2))
+            at = f"half * {channels // 8} + {2 * mt}"
+            out(f"add_byte_channels({selectors}, table, weights, units, queries, {at}, sums);")
+    out("#endif")
 
 
 def _write_choice(out: CppSource, name: str, arguments: str) -> None:

@@ -48,30 +48,37 @@ class CodeWords:
         """Words of a lane in one section."""
         return 2 * self.selectors // self.sections * self.bits // GROUP
 
-    def read(self, out: CppSource, chunk: int) -> None:
+    def read(self, out: CppSource, chunk: int, *, name: str = "s", which: str = "chunk") -> None:
         """Declare and fill ``s0 ..`` (and ``h0 ..``, the high bits of codes above four): the
-        selectors of a chunk for the sixteen lanes that start at ``half``."""
+        selectors of a chunk for the sixteen lanes that start at ``half``.
+
+        Args:
+            out: to write to.
+            chunk: where groups run across chunks; any else.
+            name: prefix of the selectors.
+            which: C++ expression of the chunk, where chunks lie apart.
+        """
         first = chunk * self.selectors if self.sections == 1 else 0
         used = range(first // GROUP, -(-(first + self.selectors) // GROUP))
-        self._load(out, chunk, used)
+        self._load(out, which, used, name)
         for group in used:
-            self._unpack(out, group, first)
+            self._unpack(out, group, first, name)
 
-    def _load(self, out: CppSource, chunk: int, groups: range) -> None:
+    def _load(self, out: CppSource, which: str, groups: range, name: str) -> None:
         width = vector_width(self._per_lane)
         section = 0 if self.sections == 1 else 128 * self._per_lane
-        at = f"page + {self.offset} + chunk * {section}" if section else f"page + {self.offset}"
-        out(f"const uint8_t* at = {at} + half * {4 * width * LANE_VECTOR};")
+        at = f"page + {self.offset} + {which} * {section}" if section else f"page + {self.offset}"
+        out(f"const uint8_t* {name}_at = {at} + half * {4 * width * LANE_VECTOR};")
         needed = {group * self.bits + i for group in groups for i in range(self.bits)}
         for vector in sorted({word // width for word in needed}):
-            words = [f"w{vector * width + i}" for i in range(width)]
+            words = [f"{name}w{vector * width + i}" for i in range(width)]
             out(f"vu {', '.join(words)};")
-            out(f"load_words{width}(at + {vector * 128 * width}, {', '.join(words)});")
+            out(f"load_words{width}({name}_at + {vector * 128 * width}, {', '.join(words)});")
 
-    def _unpack(self, out: CppSource, group: int, first: int) -> None:
-        words = [f"w{group * self.bits + i}" for i in range(self.bits)]
+    def _unpack(self, out: CppSource, group: int, first: int, name: str) -> None:
+        words = [f"{name}w{group * self.bits + i}" for i in range(self.bits)]
         for j, text in enumerate(_selectors(words[:4], min(self.bits, 4))):
-            self._declare(out, "s", group * GROUP + j - first, text)
+            self._declare(out, name, group * GROUP + j - first, text)
         if self.bits > 4:
             for j, text in enumerate(_selectors(words[4:], self.bits - 4)):
                 self._declare(out, "h", group * GROUP + j - first, text)
