@@ -20,13 +20,8 @@ STEPS = 50
 @functools.cache
 def optimised(bits: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     calibration = tokens(4, 64, seed=7)
-    return kvquant_compile.optimize(
-        tiny("llama").to(dtype),
-        bits=bits,
-        calibration=calibration,
-        sensitivity="none",
-        progress=False,
-    )
+    options = {"calibration": calibration, "sensitivity": "none", "progress": False}
+    return kvquant_compile.optimize(tiny("llama").to(dtype), bits=bits, **options)
 
 
 class Lossless(CacheMachine):
