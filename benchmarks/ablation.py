@@ -1,6 +1,6 @@
 """What each ingredient of the default codec is worth: one taken out, or one put in, at a time.
 
-    python benchmarks/ablation.py --model MODEL --text TEXT --calibration OTHER --json ablation.json
+    python -m benchmarks.ablation --model MODEL --text TEXT --calibration OTHER --json ablation.json
 
 Every variant is scored on the same windows, on every ``--every``-th token of them; differences to
 the default are paired by window. The file is resumed from.
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_codecs import Layer, Variant, variants
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.ablation_codecs import Layer, Variant, variants
 from kvquant_compile.calib.calibrate import CalibrationOptions
 from kvquant_compile.calib.observe import run_captured
 from kvquant_compile.capture import capture
@@ -129,6 +129,7 @@ def main() -> None:
         bench = Bench(_kept(args.keep, model, data, tokenizer, options, bar), windows, args.every)
     given = {k: v for k, v in vars(args).items() if k not in ("keep", "json", "only")}
     arguments = {k: v.name if isinstance(v, Path) else v for k, v in given.items()}
+    arguments["model"] = Path(args.model).name
     record: dict[str, Any] = {"arguments": arguments, "rows": {}}
     if args.json.exists():
         record = json.loads(args.json.read_text())

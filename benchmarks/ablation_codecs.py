@@ -1,4 +1,4 @@
-"""Variants of the default codec, for ``benchmarks/ablation.py``: what each ingredient is worth.
+"""Variants of the default codec, for ``python -m benchmarks.ablation``: what each ingredient is worth.
 
 A variant is the default with one thing taken out, or with one that the default does not have.
 Everything is simulated by round trips at the places of the graph where pages are read, so that an
@@ -64,7 +64,8 @@ class Variant:
         name: of it.
         fit: switches of the fit.
         form: changes of the format.
-        more_bits: what it stores beyond its format, in effective bits for heads of 128 channels.
+        more_bits: what it stores beyond its format, in effective bits.
+        token_bits: the same, in bits of a (token, head), key and value together.
         parts: whose constants are fitted for it; the others are the default's.
         rotate: "", "keys" or "values": coded after a random orthogonal map of the channels.
         fitting: patches that hold during the fit.
@@ -76,6 +77,7 @@ class Variant:
     fit: FitSettings = field(default_factory=FitSettings)
     form: Mapping[str, Any] = field(default_factory=dict)
     more_bits: float = 0.0
+    token_bits: float = 0.0
     parts: tuple[str, ...] = ()
     rotate: str = ""
     fitting: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -88,8 +90,8 @@ class Variant:
     def effective_bits(self, layer: Layer, bits: int, window: int) -> float:
         p, spec = layer.plan, self.spec(bits)
         layout = PageLayout(spec, p.kv_heads, p.key_dim, p.value_dim, 2)
-        share = 128 / p.key_dim
-        return layout.effective_bits + self.more_bits * share + 16 * spec.sink_tokens / window
+        more = self.more_bits + self.token_bits / (p.key_dim + p.value_dim)
+        return layout.effective_bits + more + 16 * spec.sink_tokens / window
 
     def trips(self, layer: Layer, bits: int) -> dict[str, Trip]:
         """Round trips of the keys (before RoPE) and the values of a layer."""
@@ -232,7 +234,7 @@ def variants() -> list[Variant]:
         Variant("values rotated", parts=(VALUES,), rotate=VALUES),
         Variant("no value slot", form={"value_slots": 0}, parts=(VALUES,)),
         Variant("value slots by damage", wrap=_value_slots_by_damage),
-        Variant("value range in two bytes", more_bits=-0.0625, wrap=_with_cheap_range),
+        Variant("value range in two bytes", token_bits=-16, wrap=_with_cheap_range),
         Variant("key slots by range, not damage", change=_key_slots_by_range),
         Variant("pair-shared key scales", change=_pair_shared),
         Variant("largest 1 % of tokens exact", more_bits=0.16, wrap=_far_tokens_exact(0.01)),
