@@ -22,11 +22,19 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(_config(model), sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = _plain(parameter).reshape(-1)
         if flat.numel():
             places = _places(flat.numel())
             digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(parameter: nn.Parameter) -> torch.Tensor:
+    """The weight; what a quantised one stands for."""
+    value = parameter.detach()
+    if type(value) is torch.Tensor or not hasattr(value, "dequantize"):
+        return value
+    return value.dequantize()
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

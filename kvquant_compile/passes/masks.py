@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from kvquant_compile.capture.markers import MASK
+from kvquant_compile.capture.ops import CASTS, op_name
 from kvquant_compile.capture.reference import CAUSAL, CHUNKED, SLIDING
 from kvquant_compile.capture.source_lines import source_line
 from kvquant_compile.errors import UnsupportedLayerError
@@ -62,8 +63,14 @@ def mask_window(mask: object, *, causal: bool, window: object, where: str) -> tu
 
 
 def _unsliced(mask: object) -> object:
-    """A mask behind slices that take all of it (gemma4 slices by ``logits_to_keep``)."""
-    while isinstance(mask, fx.Node) and mask.target is torch.ops.aten.slice.Tensor:
+    """A mask behind slices that take all of it (gemma4 slices by ``logits_to_keep``), and behind
+    moves to the device where it is (hooks of a device map)."""
+    while isinstance(mask, fx.Node):
+        if op_name(mask) in CASTS and float_value(mask).dtype == torch.bool:
+            mask = mask.args[0]
+            continue
+        if mask.target is not torch.ops.aten.slice.Tensor:
+            break
         source, *bounds = mask.args
         _, start, end = (*bounds, *(0, 0, None)[len(bounds) :])[:3]
         if start not in (0, None) or end not in (None, _END):

@@ -67,6 +67,8 @@ def _inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _run(state: Installed, ids: Tensor, cache: QuantizedCache) -> Tensor:
+    state.adapters.check()
+
     def run(span: slice) -> Tensor:
         part, start = ids[:, span], cache.columns
         positions = torch.arange(start, start + part.shape[1], device=cache.device)

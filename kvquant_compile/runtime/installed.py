@@ -13,6 +13,7 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError
 from kvquant_compile.logs import logger
 from kvquant_compile.passes.recognise import MatchedLayer
+from kvquant_compile.runtime.adapters import Adapters
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import PREFILL_CHUNK
 from kvquant_compile.runtime.decode_graph import DecodeGraphs
@@ -39,6 +40,7 @@ class Installed:
         quiet: no warnings, while the library itself runs the original.
         before: instance attributes that the installed ones replace (a hook's own forward).
         own_cache: the cache of a decoder that keeps its cache itself.
+        adapters: the model's adapters, as they were captured.
         decode: runs the program's steps.
     """
 
@@ -53,12 +55,14 @@ class Installed:
     quiet: bool = False
     before: dict[str, Any] = field(default_factory=dict)
     own_cache: QuantizedCache | None = None
+    adapters: Adapters = field(init=False)
     decode: DecodeGraphs = field(init=False)
 
     def __repr__(self) -> str:
         return f"Installed({self.program!r}, {self.artifact!r})"
 
     def __post_init__(self) -> None:
+        self.adapters = Adapters(self.captured.model)
         self.decode = DecodeGraphs(self.program, self.warn_once)
 
     @property

@@ -98,6 +98,7 @@ def _backbone_forward(
             if reason:
                 state.warn_once(reason)
             return original(*args, **kwargs)
+        state.adapters.check()
         _refuse_unsupported(backbone, given)
         if cache is None and not _wants_cache(backbone, given):
             _refuse_packed(given)

@@ -70,9 +70,19 @@ def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dic
             "the rewritten model differs from the original",
             where=worst,
             why=f"relative error {errors[worst]:.2e} with lossless storage, limit {limit:.0e}",
-            do="Nothing was changed. Please report the model type; this is a bug of the compiler.",
+            do=f"Nothing was changed. {_advice(captured)}",
         )
     return errors
+
+
+def _advice(captured: Captured) -> str:
+    kinds = {type(p.detach()).__name__ for p in captured.model.parameters()} - {"Tensor"}
+    if kinds:
+        return (
+            f"Its weights are quantised ({', '.join(sorted(kinds))}); where their layers round"
+            " activations too, two correct results differ: quantise weights only."
+        )
+    return "Please report the model type; this is a bug of the compiler."
 
 
 def _compare(
