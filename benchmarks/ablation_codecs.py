@@ -1,4 +1,4 @@
-"""Variants of the default codec, for ``python -m benchmarks.ablation``: what each ingredient is worth.
+"""Variants of the default codec for :mod:`benchmarks.ablation`: what each ingredient is worth.
 
 A variant is the default with one thing taken out, or with one that the default does not have.
 Everything is simulated by round trips at the places of the graph where pages are read, so that an

@@ -34,6 +34,7 @@ from kvquant_compile.errors import (
 from kvquant_compile.evaluate.score import quantised_attention
 from kvquant_compile.export import OnnxSession, export_onnx, export_pt2, load_pt2
 from kvquant_compile.memory import MemoryReport, max_context, memory_report
+from kvquant_compile.pretrained import from_pretrained, save_pretrained
 from kvquant_compile.runtime.cache import QuantizedCache
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_pt2",
+    "from_pretrained",
     "load_cache",
     "load_pt2",
     "max_context",
@@ -66,6 +68,7 @@ __all__ = [
     "quantised_attention",
     "restore",
     "sample_calibration",
+    "save_pretrained",
     "use_cuda_graphs",
 ]
 

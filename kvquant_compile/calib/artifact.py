@@ -20,8 +20,8 @@ from kvquant_compile.passes.recognise import MatchedLayer
 
 _REDO = "Calibrate again with kvquant_compile.optimize and save the artifact anew."
 _FILE = FileKind(
-    "artifact", "kvquant_compile tables", "2", ArtifactError, _REDO
-)  # version 2: key_feedback in pair order
+    "artifact", "kvquant_compile tables", "3", ArtifactError, _REDO
+)  # 2: key_feedback in pair order; 3: fingerprint without what saving a model changes
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,9 @@ from torch import nn
 
 SAMPLES = 64
 # What changes when the same model is loaded elsewhere or by another release.
-_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+_VOLATILE = (
+    "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures",
+)  # fmt: skip
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -41,7 +43,13 @@ def _config(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return {"class": type(model).__qualname__}
-    return {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+    return _lasting(config.to_dict())
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what is volatile, in nested configs too."""
+    kept = {k: v for k, v in config.items() if k not in _VOLATILE}
+    return {k: _lasting(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _places(count: int) -> torch.Tensor:

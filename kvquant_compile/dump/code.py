@@ -1,16 +1,19 @@
-"""Python source with its syntax marked up."""
+"""Source with its syntax marked up."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from pygments.lexers import get_lexer_by_name
+
+from kvquant_compile.lowering.source import language
 
 
 def highlighted(source: str) -> Markup:
     """Spans of Pygments' short classes."""
-    return Markup(highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)))
+    lexer = get_lexer_by_name(language(source))
+    return Markup(highlight(source, lexer, HtmlFormatter(nowrap=True)))
 
 
 def style() -> str:

@@ -21,6 +21,7 @@ from kvquant_compile.dump.statistics import PartStatistics, layer_statistics
 from kvquant_compile.dump.text import graph_text
 from kvquant_compile.errors import KVQuantError, OptionError
 from kvquant_compile.inspect.explained import explained
+from kvquant_compile.lowering.source import language
 from kvquant_compile.observer import Observer
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.installed import Installed
@@ -78,7 +79,8 @@ class Dump(Observer):
         self._write("report.txt", str(replace(report, sources=())))
         for source in report.sources:
             for name, text in source.kernels.items():
-                self._write(f"layer-{source.index}-{name}.py", text)
+                ending = "cpp" if language(text) == "cpp" else "py"
+                self._write(f"layer-{source.index}-{name}.{ending}", text)
         content = Content(self.model, self.graphs, self.roles, after, report, self.statistics)
         self._write("index.html", page(content))
 

@@ -10,9 +10,7 @@ from torch import Tensor, fx
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.attend import Site
-from kvquant_compile.lowering.source import kernels_source
-from kvquant_compile.lowering.triton.compat import unavailable
-from kvquant_compile.lowering.triton.spec import unsupported
+from kvquant_compile.lowering.source import kernels_source, language, no_source
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.runtime.program import Program
 
@@ -37,16 +35,19 @@ class LayerSource:
     def __str__(self) -> str:
         if self.reason:
             return f"# layer {self.index}: no generated kernel: {self.reason}\n"
-        return "\n".join(
-            f"# layer {self.index}: {name}\n{text}" for name, text in self.kernels.items()
-        )
+        return "\n".join(f"{self.heading(name)}\n{text}" for name, text in self.kernels.items())
+
+    def heading(self, name: str) -> str:
+        """A comment above one of the kernels."""
+        mark = "//" if language(self.kernels[name]) == "cpp" else "#"
+        return f"{mark} layer {self.index}: {name}"
 
 
 def layer_source(program: Program, layer: MatchedLayer) -> LayerSource:
     """The generated kernels of a layer; every attention site that reads it may have its own."""
     index = layer.plan.index
     layout = program.layouts[program.indices.index(index)]
-    reason = unsupported(layout) or unavailable()
+    reason = no_source(layout, program.device)
     if reason or not isinstance(layout, PageLayout):
         return LayerSource(index, {}, reason)
     kernels: dict[str, str] = {}

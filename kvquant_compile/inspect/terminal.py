@@ -14,6 +14,7 @@ from kvquant_compile.inspect.facts import COLUMNS, Fact, cells, details, facts, 
 from kvquant_compile.inspect.layer import LayerReport
 from kvquant_compile.inspect.report import Report
 from kvquant_compile.inspect.source import LayerSource
+from kvquant_compile.lowering.source import language
 
 WIDTH = 150
 
@@ -22,7 +23,7 @@ def rendered(report: Report) -> Group:
     """Headline, table, every kind of layer in detail, totals, and sources where asked for."""
     parts: list[RenderableType] = [Text(headline(report), style="bold"), _table(report)]
     for span, found in details(report.layers):
-        parts += [Text(f"\nlayers {span}", style="bold"), _listed(found)]
+        parts += [Text(f"\n{_layers(span)}", style="bold"), _listed(found)]
     parts += [Text(""), *_sentences(facts(report))]
     parts += [_refusal(layer) for layer in report.layers if layer.refusal]
     for source in report.sources:
@@ -64,13 +65,17 @@ def _refusal(layer: LayerReport) -> Text:
     return Text(f"layer {layer.index}: keys kept rotated: {layer.refusal}", style="yellow")
 
 
+def _layers(span: str) -> str:
+    return f"layer {span}" if span.isdigit() else f"layers {span}"
+
+
 def _source(source: LayerSource) -> list[RenderableType]:
     if source.reason:
         return [Text("\n" + str(source))]
     parts: list[RenderableType] = []
     for name, text in source.kernels.items():
-        parts.append(Text(f"\n# layer {source.index}: {name}", style="bold"))
-        code = Syntax("", "python", background_color="default").highlight(text)
+        parts.append(Text("\n" + source.heading(name), style="bold"))
+        code = Syntax("", language(text), background_color="default").highlight(text)
         code.no_wrap, code.overflow = True, "ignore"  # lines stay whole, so that they can be copied
         parts.append(code)
     return parts

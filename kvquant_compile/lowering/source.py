@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import Site
+from kvquant_compile.lowering.cpp import dispatch as cpp
+from kvquant_compile.lowering.triton.compat import interpreting, unavailable
 from kvquant_compile.lowering.triton.dispatch import use_gluon
+from kvquant_compile.lowering.triton.spec import unsupported
 
 
 def kernels_source(
@@ -15,7 +20,7 @@ def kernels_source(
     """Source of every kernel that is generated for one attention site.
 
     These are the kernels that ``kvquant::attend`` launches on the constants' device; for constants
-    on a CPU, which runs none, those of any other GPU. What is the same for every layer (the merge
+    on a CPU that runs none, those of any GPU. What is the same for every layer (the merge
     of partial sums) is ordinary code in :mod:`kvquant_compile.lowering.triton`.
 
     Args:
@@ -27,9 +32,37 @@ def kernels_source(
     Returns:
         Kernel name -> text.
     """
-    write = _gluon if use_gluon(layout, tables[0].device) else _portable
+    device = tables[0].device
+    write = _gluon if use_gluon(layout, device) else _portable
+    if _is_compiled(layout, device):
+        write = _cpp
     name, text = write(layout, tables, geometry, site, columns)
     return {name: text}
+
+
+def no_source(layout: Layout, device: torch.device) -> str:
+    """Why no kernel is generated for a layout; empty where one is."""
+    return "" if _is_compiled(layout, device) else unsupported(layout) or unavailable()
+
+
+def language(source: str) -> str:
+    """``cpp`` or ``python``."""
+    return "cpp" if source.startswith("//") else "python"
+
+
+def _is_compiled(layout: Layout, device: torch.device) -> bool:
+    return device.type == "cpu" and not interpreting() and not cpp.refusal(layout)
+
+
+def _cpp(
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], site: Site, columns: int
+) -> tuple[str, str]:
+    from kvquant_compile.lowering.cpp.constants import cpp_constants
+    from kvquant_compile.lowering.cpp.launch import kernel_spec
+    from kvquant_compile.lowering.cpp.source import kernel_source
+
+    spec = kernel_spec(layout, cpp_constants(layout, tables, geometry))
+    return spec.name, kernel_source(spec)
 
 
 def _gluon(

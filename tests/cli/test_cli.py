@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,17 @@ def test_one_format_as_it_is_spelled(text: str | None, bits: Any) -> None:
     assert cli._one_format(text) == bits
 
 
-def test_a_budget_chooses_the_widths(run: Any, calibration: str) -> None:
+def test_a_budget_chooses_the_widths(run: Any, calibration: str, tmp_path: Path) -> None:
     code, out, _ = run("explain", "--model", MODEL, "--calibration", calibration, "--windows", "1",
-                       "--bits", "auto", "--budget", "2.5", "--json")  # fmt: skip
+                       "--bits", "auto", "--budget", "2.5", "--json",
+                       "--dump", str(tmp_path))  # fmt: skip
     report = json.loads(out)
     assert code == 0
     assert 2.3 < report["totals"]["effective_bits"] <= 2.5
     assert report["calibration"]["mixed"]["asked"] == "2.5 effective bits"
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "Levels over what they code, layer 5" in page or find_spec("matplotlib") is None
+    assert len(page.encode()) < 2_000_000
 
 
 def test_calibrate_then_explain_and_optimize_from_the_artifact(
@@ -198,7 +203,10 @@ def test_demo_prints_one_record(run: Any) -> None:
     assert {"sampling its own calibration text", "optimize to 3 bits"} <= record["seconds"].keys()
 
 
-def test_explain_prints_one_layer_and_its_kernel(run: Any, calibration: str) -> None:
+def test_explain_prints_one_layer_and_its_kernel(
+    run: Any, calibration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVQUANT_KERNELS", "torch")  # else it is this machine's
     command = ("explain", "--model", MODEL, "--bits", "3", "--calibration", calibration,
                "--windows", "1", "--layer", "1", "--source")  # fmt: skip
     code, out, _ = run(*command)

@@ -15,6 +15,12 @@ TEXT = tokens(4, 64, seed=7)
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")
 
 
+@pytest.fixture(autouse=True)
+def no_kernels_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without kernels of its own is shown those of a GPU."""
+    monkeypatch.setenv("KVQUANT_KERNELS", "torch")
+
+
 @pytest.fixture(scope="module")
 def model() -> object:
     return kvquant_compile.optimize(tiny("llama"), {0: 3, 1: (4, 2)}, calibration=TEXT)
@@ -88,3 +94,18 @@ def test_one_layer_s_report_has_its_own_totals(model: object) -> None:
 def test_a_layer_that_is_not_there_is_refused(model: object) -> None:
     with pytest.raises(OptionError, match="the cache layers are 0, 1"):
         kvquant_compile.explain(model, layer=2)
+
+
+def test_a_cpu_s_own_kernel_is_shown_where_it_runs(
+    model: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvquant_compile.lowering.cpp import dispatch
+
+    monkeypatch.setattr(dispatch, "refusal", lambda layout: "")
+    ((name, text),) = only(model, 1).items()
+    assert name.startswith("attend_k4v2_d16x16")
+    assert text.startswith("// Generated: attention over k4v2 slots1/1")
+    assert 'extern "C"' in text
+    report = str(kvquant_compile.explain(model, layer=1, source=True))
+    assert f"// layer 1: {name}" in report
+    assert "#include <cstdint>" in report
