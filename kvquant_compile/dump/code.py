@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from markupsafe import Markup
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -9,11 +11,15 @@ from pygments.lexers import get_lexer_by_name
 
 from kvquant_compile.lowering.source import language
 
+# Blanks, punctuation and plain names: most of the spans, and all of the ink's colour.
+_UNCOLOURED = re.compile(r'<span class="(?:w|p|n|o)">([^<]*)</span>')
+
 
 def highlighted(source: str) -> Markup:
     """Spans of Pygments' short classes."""
     lexer = get_lexer_by_name(language(source))
-    return Markup(highlight(source, lexer, HtmlFormatter(nowrap=True)))
+    marked = highlight(source, lexer, HtmlFormatter(nowrap=True))
+    return Markup(_UNCOLOURED.sub(r"\1", marked))
 
 
 def style() -> str:

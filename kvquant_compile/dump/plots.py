@@ -24,6 +24,8 @@ _COLOURS = {
     "#010203": "--ink", "#010204": "--soft", "#010205": "--line", "#010206": "--keys",
     "#010207": "--values", "#010208": "--accent",
 }  # fmt: skip
+# A tenth of a point is finer than any screen.
+_PATH, _DIGITS = re.compile(r' d="[^"]*"'), re.compile(r"(\.\d)\d+")
 _METADATA = ("Date", "Creator", "Format", "Type")
 INK, SOFT, LINE, KEY_COLOUR, VALUE_COLOUR, ACCENT = _COLOURS
 _BY_PART = dict(zip(PARTS, (KEY_COLOUR, VALUE_COLOUR), strict=True))
@@ -160,4 +162,5 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, list[
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     for placeholder, variable in _COLOURS.items():
         text = text.replace(placeholder, f"var({variable})")
+    text = _PATH.sub(lambda path: _DIGITS.sub(r"\1", " ".join(path[0].split())), text)
     out.append(Markup(text))

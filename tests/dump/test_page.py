@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvquant_compile import logs
 from kvquant_compile.dump.page import SECTIONS, STAGES
 from kvquant_compile.dump.roles import MEANING
 from tests.dump.html import Page
@@ -107,3 +108,12 @@ def test_sources_and_reports_lie_beside_it(folder: Path) -> None:
     assert "LlamaForCausalLM" in (folder / "report.txt").read_text(encoding="utf-8")
     names = {p.name for p in folder.glob("layer-*")}
     assert {n.split("-")[1] for n in names} == {"0", "1"}
+
+
+def test_the_docs_name_what_there_is() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "inspecting.md").read_text(encoding="utf-8")
+    wanted = [*(f"`{stage}`" for stage in STAGES), "KVQUANT_DUMP", "KVQUANT_LOGS", "--dump",
+              *(f".{part}`" for part in logs.PARTS)]  # fmt: skip
+    assert [word for word in wanted if word not in text] == []
+    for name in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (Path(__file__).parents[2] / "docs" / name).exists(), name
