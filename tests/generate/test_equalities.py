@@ -119,10 +119,11 @@ def test_cropped_equals_never_appended(kind: str, model: PreTrainedModel) -> Non
 
 
 def test_one_by_one_equals_at_once(kind: str, model: PreTrainedModel) -> None:
+    """Single tokens at the start of the first page, and over the start of the second."""
     with quantised_attention(model):
         ids, cache = prompts(kind, 2, 71), None
-        for token in ids[:, :70].split(1, 1):
-            cache = prefilled(model, token, cache)
+        for part in ids[:, :70].split([1] * 5 + [50] + [1] * 15, 1):
+            cache = prefilled(model, part, cache)
         got = generate(model, ids, past_key_values=cache)
         assert torch.equal(got, generate(model, ids))
 
