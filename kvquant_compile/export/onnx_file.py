@@ -80,11 +80,12 @@ def build_model(state: Installed, opset: int) -> Any:
     step = StepModule(state, stores, FunctionOps(symbols))
     with quiet():
         program = trace_step(step)
-    names = {
-        "input_names": input_names(stores, not step.functional),
-        "output_names": output_names(stores),
-    }
-    model = to_onnx(program, opset, **names)
+    model = to_onnx(
+        program,
+        opset,
+        input_names=input_names(stores, not step.functional),
+        output_names=output_names(stores),
+    )
     for function in all_functions(symbols, opset):
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = DOMAIN_VERSION
@@ -138,9 +139,9 @@ def _metadata(state: Installed) -> dict[str, str]:
         "kvquant.model": state.artifact.model,
         "kvquant.class": report.model,
         "kvquant.recipe": ", ".join(dict.fromkeys(x.recipe for x in report.layers)),
-        "kvquant.effective_bits": f"{report.effective_bits:.6g}",
-        "kvquant.bytes_per_token": f"{report.bytes_per_token:.6g}",
-        "kvquant.times_smaller_than_bf16": f"{2 * elements / report.bytes_per_token:.6g}",
+        "kvquant.effective_bits": f"{report.effective_bits:.10g}",
+        "kvquant.bytes_per_token": f"{report.bytes_per_token:.10g}",
+        "kvquant.times_smaller_than_bf16": f"{2 * elements / report.bytes_per_token:.10g}",
         "kvquant.page_tokens": str(PAGE_TOKENS),
         "kvquant.attend_quantized": str(int(state.attend_quantized)),
         "kvquant.layers": json.dumps(layers),

@@ -76,11 +76,24 @@ def all_functions(symbols: Symbols, opset: int) -> list[Any]:
     return list(made.values())
 
 
-def to_onnx(program: torch.export.ExportedProgram, opset: int, **names: Any) -> Any:
+def to_onnx(
+    program: torch.export.ExportedProgram,
+    opset: int,
+    *,
+    merge: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Any:
     """An exported program as an ONNX model (``onnx_ir.Model``), without the exporter's chatter.
 
     The exporter's own optimiser is left out: it gives weights and tables new names, and takes as
     long as everything else.
+
+    Args:
+        program: with free sizes.
+        opset: of the standard operators.
+        merge: use one constant for all that are equal.
+        input_names, output_names: of the file; None for the exporter's.
     """
     ir, passes, optimizer = need("onnx_ir", "onnx_ir.passes.common", "onnxscript.optimizer")
     with quiet():
@@ -91,17 +104,28 @@ def to_onnx(program: torch.export.ExportedProgram, opset: int, **names: Any) -> 
             custom_translation_table=translations(),
             verbose=False,
             optimize=False,
-            **names,
+            input_names=input_names,
+            output_names=output_names,
         )
         assert made is not None
         model = made.model
-        optimizer.fold_constants(model, input_size_limit=LARGEST_FOLDED)
+        optimizer.fold_constants(model, input_size_limit=LARGEST_FOLDED, should_fold=_kept_as_it_is)
+        constants = (
+            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            passes.DeduplicateInitializersPass(),
+        )
         ir.passes.Sequential(
+            *(constants if merge else ()),
             passes.IdentityEliminationPass(),
             passes.CommonSubexpressionEliminationPass(),
             passes.RemoveUnusedNodesPass(),
         )(model)
     return model
+
+
+def _kept_as_it_is(node: Any) -> bool | None:
+    """Transposed weights would be new tensors without a name."""
+    return False if node.op_type == "Transpose" else None
 
 
 @contextlib.contextmanager
@@ -121,7 +145,7 @@ def _function(name: str, symbols: Symbols, opset: int) -> Any:
     """The ONNX function of one emitted function."""
     (ir,) = need("onnx_ir")
     function = symbols.found[name]
-    model = to_onnx(_traced(function, symbols), opset)
+    model = to_onnx(_traced(function, symbols), opset, merge=True)
     graph, count = model.graph, len(function.signature.inputs)
     attributes = _take_settings(ir, graph, function, count)
     _constants_for_initializers(ir, graph)

@@ -21,9 +21,7 @@ from kvquant_compile.runtime.installed import installed
 OPS = ("kvquant", "standard")
 
 
-def export_pt2(
-    model: nn.Module, path: str | Path, *, ops: str = "kvquant", compiled: bool = False
-) -> Path:
+def export_pt2(model: nn.Module, path: str | Path, *, ops: str = "kvquant") -> Path:
     """Write an optimised model's step as a ``.pt2`` archive.
 
     The graph is that of :func:`kvquant_compile.export_onnx`: call what :func:`load_pt2` returns
@@ -37,8 +35,6 @@ def export_pt2(
             kernels where there are any; this package must be installed to load it. "standard"
             spells them out in torch's own operators: any torch loads it, and it returns new
             pages.
-        compiled: package what AOTInductor compiles from it (C++ for this CPU; needs a compiler)
-            instead of the graph.
 
     Returns:
         ``path``.
@@ -54,24 +50,10 @@ def export_pt2(
     with quiet():
         program = trace_step(StepModule(state, stores_of(state), implementation))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if compiled:
-            from torch._inductor import aoti_compile_and_package
-
-            aoti_compile_and_package(program, package_path=str(path))
-        else:
-            torch.export.save(program, path)
+        torch.export.save(program, path)
     return Path(path)
 
 
-def load_pt2(path: str | Path, *, compiled: bool = False) -> Any:
-    """What an archive of :func:`export_pt2` computes, to be called.
-
-    Args:
-        path: of the archive.
-        compiled: whether it was written so.
-    """
-    if compiled:
-        from torch._inductor import aoti_load_package
-
-        return aoti_load_package(str(path))
+def load_pt2(path: str | Path) -> Any:
+    """What an archive of :func:`export_pt2` computes, to be called."""
     return torch.export.load(path).module()

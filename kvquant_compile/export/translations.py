@@ -1,4 +1,4 @@
-"""ATen ops that torch's ONNX exporter has no translation for, or a wrong one.
+"""ATen ops that torch's ONNX exporter has no translation for, or a wrong or a long one.
 
 Standard ONNX reads no bits of a float (before opset 26), so float16 is taken apart and put
 together by exact arithmetic. Shifts of bytes are unsigned here; the exporter's own are signed.
@@ -14,6 +14,7 @@ import torch
 from kvquant_compile.export.extras import need
 
 _FLOAT, _UINT8, _INT16, _INT64, _HALF = 1, 2, 5, 7, 10  # of ONNX
+_END = 2**63 - 1
 
 
 def translations() -> dict[Callable, Callable]:
@@ -26,6 +27,7 @@ def translations() -> dict[Callable, Callable]:
         aten.__lshift__.Scalar: shift_left,
         aten.bitwise_left_shift.Tensor_Scalar: shift_left,
         aten.searchsorted.Tensor: searchsorted,
+        aten.slice_scatter.default: slice_scatter,
     }
 
 
@@ -62,6 +64,22 @@ def searchsorted(edges: Any, x: Any, out_int32: bool = False, right: bool = Fals
     op = _Builder().op
     passed = op.GreaterOrEqual(op.Unsqueeze(x, [-1]), op.Unsqueeze(edges, [-2]))
     return op.ReduceSum(op.Cast(passed, to=_INT64), [-1], keepdims=0)
+
+
+def slice_scatter(
+    x: Any, source: Any, dim: int = 0, start: int = 0, end: int = _END, step: int = 1
+) -> Any:
+    """``x`` with constant places ``start`` to ``end - 1`` of an axis replaced: joined anew.
+
+    The exporter's own translation takes twenty nodes where this takes three.
+    """
+    assert step == 1, step
+    op, axis = _Builder().op, [dim]
+    parts = [op.Slice(x, [0], [start], axis)] if start else []
+    parts.append(source)
+    if end < _END:
+        parts.append(op.Slice(x, [end], [_END], axis))
+    return op.Concat(*parts, axis=dim)
 
 
 class _Builder:

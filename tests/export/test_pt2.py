@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import kvquant_compile
 from kvquant_compile import OptionError, export_pt2, load_pt2
-from kvquant_compile.export.step import stores_of
-from kvquant_compile.export.trace import example_inputs
+from kvquant_compile.export.native_ops import NativeOps
+from kvquant_compile.export.step import StepModule, stores_of
+from kvquant_compile.export.trace import example_inputs, trace_step
 from kvquant_compile.runtime.installed import installed
 from tests.zoo import tiny, tokens
 
@@ -87,11 +88,36 @@ def test_standard_ops_need_torch_alone(llama: PreTrainedModel, tmp_path: Path) -
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=500)
 
 
+@pytest.fixture(scope="module")
+def compiled(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What AOTInductor makes of the step, and the step."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    state = installed(llama)
+    step = StepModule(state, stores_of(state), NativeOps())
+    path = str(tmp_path_factory.mktemp("aoti") / "model.pt2")
+    aoti_compile_and_package(trace_step(step), package_path=path)
+    return aoti_load_package(path), step
+
+
+# Why there is no option for it; docs/onnx.md tells of it.
+NOT_YET = pytest.mark.xfail(strict=True, reason="AOTInductor's package writes other pages here")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ops", ["kvquant", "standard"])
-def test_compiled_by_aotinductor(llama: PreTrainedModel, ops: str, tmp_path: Path) -> None:
-    path = export_pt2(llama, tmp_path / "model.pt2", ops=ops, compiled=True)
-    check(llama, load_pt2(path, compiled=True))
+@pytest.mark.parametrize(
+    ("batch", "length"), [(2, 6), pytest.param(1, 5, marks=NOT_YET)], ids=["batch", "alone"]
+)
+def test_aotinductor(llama: Any, compiled: Any, batch: int, length: int) -> None:
+    ids = tokens(batch, length)
+    outputs = []
+    for run in compiled:
+        with torch.no_grad():
+            outputs.append(run(ids, torch.ones_like(ids), *empty(llama, batch)))
+    (theirs, _, pages, _), (logits, _, expected, _) = outputs
+    torch.testing.assert_close(theirs, logits, rtol=1e-4, atol=1e-4)
+    for got, wanted in zip(pages, expected, strict=True):
+        assert float((got != wanted).float().mean()) < 1e-3
 
 
 def test_unknown_ops_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
