@@ -80,7 +80,7 @@ def capture_functional(
         decoder = _understood(model, example_inputs)
         gm = _export(decoder)
         observer.graph("exported", gm)
-        updates = find_updates(gm, decoder.leaves, next(iter(gm.graph.nodes)))
+        updates = find_updates(gm, decoder.leaves, gm.graph.find_nodes(op="placeholder")[0])
         meanings = mark_cached_attention(gm, updates)
         unmasked = any(meaning.mask_assumed for meaning in meanings)
         observer.graph("captured", gm)

@@ -21,6 +21,7 @@ from kvquant_compile.capture.site_bias import read_slopes, window_of_biased
 # Windows are looked for among this many keys.
 _FAR = 16384
 _CLOSE = 256
+_LEAST = 16
 _TOLERANCE = 1e-4
 
 
@@ -75,7 +76,7 @@ def _farthest_count(function: SiteFunction) -> tuple[int, int]:
             return (round(1 / weight) if weight > 0 else 0), far
         except (RuntimeError, IndexError):
             far //= 2
-            if far < 2 * _CLOSE:
+            if far < _LEAST:
                 raise
 
 
