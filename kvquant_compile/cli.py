@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from kvquant_compile.cli_eval import evaluate
+from kvquant_compile.cli_memory import show_memory
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.errors import KVQuantError, OptionError
 from kvquant_compile.loading import load_model, load_tokenizer
@@ -73,6 +74,7 @@ def demo(
 
 
 app.command("eval")(evaluate)
+app.command("memory")(show_memory)
 
 
 @app.command()

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.inspect.layer import GENERATED, REFERENCE, LayerReport
 from kvquant_compile.inspect.report import Report
+from kvquant_compile.memory.formulas import cache_formula
 
 COLUMNS = ("layers", "heads q/kv", "dim", "RoPE", "proof", "mask", "recipe", "K/V bits",
            "eff. bits", "B/token", "runs")  # fmt: skip
@@ -48,11 +50,18 @@ def facts(report: Report) -> list[Fact]:
     ]  # fmt: skip
     if exact:
         found.insert(0, Fact("beside the pages", f"{exact:,} bytes of exact tokens a sequence"))
+    found.insert(0, Fact("cache", f"{_cache(report)} bytes for T tokens of B sequences"))
     if "mixed" in report.calibration:
         found.append(Fact("widths", _mixture(report.calibration["mixed"])))
     if report.decode_step:
         found.append(Fact("decode step", report.decode_step))
     return found
+
+
+def _cache(report: Report) -> str:
+    """Bytes of these layers' cache as a formula."""
+    sizes = [(round(PAGE_TOKENS * x.bytes_per_token), x.exact_bytes) for x in report.layers]
+    return str(cache_formula(sizes))
 
 
 def details(layers: Sequence[LayerReport]) -> list[tuple[str, list[Fact]]]:

@@ -159,6 +159,7 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_work_space_does_not_grow_with_the_prompt() -> None:
     """Neither model, pages apart, nor attention makes a tensor of the prompt's length."""
     model, largest = three_bits(), []

@@ -36,10 +36,12 @@ def test_the_model_runs_on_packed_bytes(name: str) -> None:
     logits, cache = quantised(model)
     assert 1e-3 < difference(logits, original()) < 0.8
     report = kvquant_compile.explain(model)
-    assert {x.implementation for x in report.layers} == {"reference op"}
-    assert "reference op" in str(report)
+    (runs,) = {x.implementation for x in report.layers}
+    assert runs in str(report)
     layout = cache.pages[0].layout
     assert isinstance(layout, BlockLayout) == (name not in ("kvquant", "kvquant+"))
+    if isinstance(layout, BlockLayout):
+        assert runs == "reference op"
     assert report.layers[0].recipe in str(report)
     assert all(slab.dtype == torch.uint8 for layer in cache.pages for slab in layer.slabs)
     pages = sum(slab.nbytes for layer in cache.pages for slab in layer.slabs)
