@@ -70,8 +70,8 @@ def optimize(
     Its class, config, parameters and state dict stay as they are.
 
     Args:
-        model: a transformers causal LM, or an ``nn.Module`` with
-            ``forward(ids, past) -> (logits, past)``.
+        model: a transformers causal LM, or an ``nn.Module`` of one of three calling conventions
+            (see ``example_inputs``).
         bits: width of keys and values, 1..8, or 16 for lossless storage; a pair
             (key_bits, value_bits); or cache layer -> either. None: 3, the recipe's own, or the
             artifact's. A fraction (2.5), or "auto" with a ``budget``: every layer's keys and
@@ -96,7 +96,8 @@ def optimize(
         slots: exact outlier slots of every (token, head), keys and values each; None: 1, or
             the artifact's.
         sinks: leading tokens of every sequence kept exactly; None: 1, or the artifact's.
-        example_inputs: (ids, past) for modules that are not transformers'.
+        example_inputs: (ids, past) for modules that are not transformers': past an empty cache
+            (None, or a cache object), or a start position (0, or positions): docs/conventions.md.
         strict: raise when a layer's keys must be stored after RoPE; else warn once.
         seed: of calibration; same seed, same tables.
         windows: calibration windows; None for the default.

@@ -29,10 +29,10 @@ def capture(
     """Capture a decoder; the model is not changed.
 
     Args:
-        model: a transformers ``PreTrainedModel``, or any module of the functional-cache
-            convention ``forward(ids, past) -> (logits, past)``.
-        example_inputs: ``(ids, past)`` for the functional convention; ids int64 [B, S], past
-            what the module accepts as an empty or filled cache. Not used for transformers.
+        model: a transformers ``PreTrainedModel``, or any module of a convention of
+            :mod:`.decoder`.
+        example_inputs: ``(ids, past)`` for the latter; ids int64 [B, S], past an empty cache or a
+            start position. Not used for transformers.
         observer: is told of the graph at every stage.
 
     Raises:
