@@ -24,7 +24,7 @@ def read_text(path: str | Path) -> str:
         content = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
             return content
-        return "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line)
+        return "\n\n".join(json.loads(line)["text"] for line in content.split("\n") if line)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(
             f"cannot read the text {path}",

@@ -16,6 +16,7 @@ from kvquant_compile.logs import logger
 from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.absorb import LATENT, absorb
 from kvquant_compile.passes.masks import attend_plan
+from kvquant_compile.passes.norms import commute_norms
 from kvquant_compile.passes.prove import Proof, Prover
 from kvquant_compile.passes.taint import float_value
 from kvquant_compile.plan import LayerPlan, RopeSpec
@@ -61,6 +62,7 @@ def recognise(captured: Captured, observer: Observer = SILENT) -> tuple[MatchedL
             something that is computed from what is cached, but by no linear map.
     """
     absorb(captured)
+    commute_norms(captured)
     observer.graph("absorbed", captured.graph_module)
     prover = Prover(captured)
     graph = captured.graph_module.graph

@@ -22,6 +22,7 @@ _BARRIERS = (
     "aten.conv", "aten.embedding", "aten.baddbmm", "aten.scaled_dot", "aten._grouped_mm",
     "kvquant_capture.",
 )  # fmt: skip
+_SPLITS = ("view", "reshape", "unflatten", "_unsafe_view")
 # What these give depends on sizes and on nothing else.
 _FILLS = frozenset(("zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty",
                     "zeros_like", "ones_like"))  # fmt: skip
@@ -99,10 +100,15 @@ def rotation_site(end: fx.Node, known: Taint) -> Site:
 
 
 def _before_casts(node: fx.Node) -> fx.Node:
-    """A key cast to float32 only for its rotation is stored as it was before the cast."""
-    while op_name(node) in CASTS and len(node.all_input_nodes) == 1:
-        (source,) = node.all_input_nodes
-        if float_value(source).dtype.itemsize > float_value(node).dtype.itemsize:
+    """A key cast to float32, or split into complex pairs, only for its rotation is stored as it was
+    before that."""
+    while node.args and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+        cast = op_name(node) in CASTS and len(node.all_input_nodes) == 1
+        if cast and float_value(source).dtype.itemsize > float_value(node).dtype.itemsize:
+            break
+        split = op_name(node) in _SPLITS and float_value(node).ndim == 5
+        if not (cast or op_name(node) == "view_as_complex" or split):
             break
         node = source
     return node

@@ -12,6 +12,7 @@ import kvquant_compile
 from kvquant_compile.dump import VARIABLE, dumping
 from kvquant_compile.errors import OptionError, UnsupportedLayerError
 from kvquant_compile.observer import SILENT
+from kvquant_compile.runtime.installed import ATTRIBUTE
 from tests.dump.conftest import TEXT
 from tests.dump.html import Page
 from tests.zoo import decoder, tiny, tokens
@@ -30,9 +31,10 @@ def test_the_environment_names_a_folder_for_every_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    for _ in range(2):
-        kvquant_compile.optimize(tiny("gpt2"), 16)
+    (tmp_path / "GPT2LMHeadModel-0").mkdir()
+    kvquant_compile.optimize(tiny("gpt2"), 16)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["GPT2LMHeadModel-0", "GPT2LMHeadModel-1"]
+    assert list((tmp_path / "GPT2LMHeadModel-0").iterdir()) == []
     page = page_of(tmp_path / "GPT2LMHeadModel-1")
     assert "no position reaches this tensor" in page.text
     assert "Calibration saw no activations" in page.text
@@ -44,7 +46,7 @@ def test_a_bad_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     model = tiny("llama")
     with pytest.raises(OptionError, match="Name a folder"):
         kvquant_compile.optimize(model, 3, dump=tmp_path / "file")
-    kvquant_compile.optimize(model, 16)
+    assert ATTRIBUTE not in model.__dict__
 
 
 def test_a_refusal_leaves_a_page_that_tells_it(tmp_path: Path) -> None:

@@ -300,8 +300,8 @@ def test_the_schema_refuses_damaged_results(shared: Lab) -> None:
 def test_documents_are_read_from_jsonl(tmp_path: Path) -> None:
     """C4 comes as one document a line."""
     path = tmp_path / "sample.jsonl"
-    path.write_text('{"text": "one\\ntwo", "url": "a"}\n{"text": "three"}\n')
-    assert read_text(path) == "one\ntwo\n\nthree"
+    path.write_text('{"text": "one\\ntwo", "url": "a"}\n{"text": "thr\u2028ee"}\n', "utf-8")
+    assert read_text(path) == "one\ntwo\n\nthr\u2028ee"
     for wrong in ('{"content": "x"}', "no json", "[1]"):
         path.write_text(wrong)
         with pytest.raises(OptionError, match="cannot read the text"):

@@ -18,7 +18,7 @@ from kvquant_compile.export.native_ops import NativeOps
 from kvquant_compile.export.step import StepModule, stores_of
 from kvquant_compile.export.trace import example_inputs, trace_step
 from kvquant_compile.runtime.installed import installed
-from tests.zoo import tiny, tokens
+from tests.zoo import decoder, tiny, tokens
 
 CALIBRATION = tokens(4, 64, seed=7)
 NEW = 20
@@ -66,6 +66,18 @@ def test_our_ops(llama: PreTrainedModel, tmp_path: Path) -> None:
         str(n.target) for n in torch.export.load(path).graph.nodes if "kvquant" in str(n.target)
     }
     assert {"kvquant.append.default", "kvquant.attend.default"} <= names
+
+
+def test_a_hand_written_decoder_takes_no_mask(tmp_path: Path) -> None:
+    model, ids = decoder("SdpaDecoder").eval(), tokens(2, 9)
+    kvquant_compile.optimize(model, 3, calibration=CALIBRATION, example_inputs=(ids, None))
+    step, cache = load_pt2(export_pt2(model, tmp_path / "model.pt2")), empty(model, 2)
+    with torch.no_grad():
+        first, past = model(ids, None)
+        got, *cache = step(ids, None, *cache)
+        torch.testing.assert_close(got, first)
+        second, past = model(ids[:, :1], past)
+        torch.testing.assert_close(step(ids[:, :1], None, *cache)[0], second)
 
 
 @pytest.mark.slow
