@@ -18,12 +18,12 @@ from kvquant_compile.capture.decoder import (
     PAST,
     TOKENS,
     Decoder,
-    decoder_of,
     unlike_conventions,
 )
 from kvquant_compile.capture.edit import SIZE, add_call
 from kvquant_compile.capture.functional_check import self_check
 from kvquant_compile.capture.ops import op_name
+from kvquant_compile.capture.stateful import decoder_of
 from kvquant_compile.errors import KVQuantError, OptionError, UnsupportedModelError
 from kvquant_compile.observer import SILENT, Observer
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kvquant_compile.capture.decoder import CacheObject, Functional, StartPosition, Stateful
+from kvquant_compile.capture.decoder import Functional
 from kvquant_compile.capture.state import CacheLeaf, at, is_saved, put
+from kvquant_compile.capture.stateful import CacheObject, StartPosition, Stateful
 from kvquant_compile.errors import CacheError, OptionError
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import in_chunks
