@@ -137,5 +137,6 @@ def test_what_lies_behind_the_last_token_counts_for_nothing() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_head_of_256_channels() -> None:
     check(Case(CodecSpec(3, 3, 1, 1, True, 1), (256, 256), half_rope(256, 256), lengths=(130,)))

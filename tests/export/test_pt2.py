@@ -112,14 +112,8 @@ def compiled(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
     return aoti_load_package(path), step
 
 
-# Why there is no option for it; docs/onnx.md tells of it.
-NOT_YET = pytest.mark.xfail(strict=True, reason="AOTInductor's package writes other pages here")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("batch", "length"), [(2, 6), pytest.param(1, 5, marks=NOT_YET)], ids=["batch", "alone"]
-)
+@pytest.mark.parametrize(("batch", "length"), [(2, 6), (1, 5)])
 def test_aotinductor(llama: Any, compiled: Any, batch: int, length: int) -> None:
     ids = tokens(batch, length)
     outputs = []
@@ -130,6 +124,11 @@ def test_aotinductor(llama: Any, compiled: Any, batch: int, length: int) -> None
     torch.testing.assert_close(theirs, logits, rtol=1e-4, atol=1e-4)
     for got, wanted in zip(pages, expected, strict=True):
         assert float((got != wanted).float().mean()) < 1e-3
+
+
+@pytest.mark.slow
+def test_text_of_aotinductor(llama: Any, compiled: Any) -> None:
+    check(llama, compiled[0])
 
 
 def test_unknown_ops_are_refused(llama: PreTrainedModel, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tests.survey.case import AFTER_ROPE, FAILED, REFUSED, REWRITTEN, WRONG, Outcome
 
@@ -17,8 +18,13 @@ _WORDS = {
 }
 
 
-def markdown(outcomes: Sequence[Outcome], versions: Mapping[str, str]) -> str:
-    """The page."""
+def markdown(
+    outcomes: Sequence[Outcome],
+    versions: Mapping[str, str],
+    half: Mapping[str, str] | None = None,
+    times: Mapping[str, Any] | None = None,
+) -> str:
+    """The page; with what half precision and the clock have shown, where given."""
     return "\n".join([
         "# Survey: every causal language model of transformers",
         "",
@@ -32,6 +38,8 @@ def markdown(outcomes: Sequence[Outcome], versions: Mapping[str, str]) -> str:
         "",
         *_reasons(outcomes),
         "",
+        *_half(half or {}),
+        *_times((times or {}).get("rows", [])),
         *_rows(outcomes),
         "",
     ])  # fmt: skip
@@ -51,15 +59,44 @@ def _counts(outcomes: Sequence[Outcome]) -> list[str]:
     return lines + [f"| {_WORDS[kind]} | {counts[kind]} |" for kind in shown]
 
 
+def _half(found: Mapping[str, str]) -> list[str]:
+    """How models loaded in bfloat16 and float16 compare."""
+    if not found:
+        return []
+    other = [name for name, said in found.items() if said != "as float32"]
+    lines = ["## Half precision", "",
+             f"`python scripts/survey.py --half`: of {len(found)} types saved and loaded in"
+             f" bfloat16 and in float16, {len(found) - len(other)} are rewritten with the plans of"
+             " float32, frequencies to the bit, and validated."]  # fmt: skip
+    return [*lines, *(f"* {name}: {found[name]}" for name in other), ""]
+
+
+def _times(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Seconds and memory of capture and proof."""
+    if not rows:
+        return []
+    lines = ["## Time and memory", "",
+             "`python scripts/capture_time.py`: a Llama of small width, seconds of one processor,"
+             " and what the process grew by (no copy of the weights is made).", "",
+             "| layers | capture | recognise and prove | weights | grown by |",
+             "| ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for r in rows:
+        lines.append(f"| {r['layers']} | {r['capture_s']:.1f} s | {r['proof_s']:.1f} s |"
+                     f" {r['weights_mb']:.0f} MB | {r['grown_mb']:.0f} MB |")  # fmt: skip
+    return [*lines, ""]
+
+
 def _reasons(outcomes: Sequence[Outcome]) -> list[str]:
     """Why a type is not rewritten in the best way, types with one reason together."""
-    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    found: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.outcome != REWRITTEN:
-            found[outcome.outcome, _general(outcome.why)].append(outcome.model_type)
+            found[outcome.outcome, _general(outcome.why)].append(outcome)
     lines = ["## What is not, and why", ""]
-    for (kind, reason), types in sorted(found.items(), key=lambda item: -len(item[1])):
-        lines.append(f"* {kind}: {', '.join(types)}. {reason}")
+    for (kind, reason), alike in sorted(found.items(), key=lambda item: -len(item[1])):
+        names = ", ".join(outcome.model_type for outcome in alike)
+        own = re.sub(r"^\w+Error: ", "", alike[0].why)  # with its source line
+        lines.append(f"* {kind}: {names}. {own if len(alike) == 1 else reason}")
     return lines
 
 
