@@ -44,6 +44,7 @@ def test_the_widest_format_that_fits() -> None:
         assert memory_report(model, CONTEXT, BATCH).bytes() <= room
 
 
+@pytest.mark.slow
 def test_auto_spends_the_memory() -> None:
     memory = (needed(2) + needed(3)) // 2
     model = fitted(memory, bits="auto", allocation="fisher")
@@ -67,6 +68,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
         fitted(1000)
 
 
+@pytest.mark.slow
 def test_given_widths_and_artifacts_are_checked() -> None:
     memory = needed(3)
     model = fitted(memory, bits=3)

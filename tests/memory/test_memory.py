@@ -38,16 +38,16 @@ def measured_peak(run: Any) -> int:
     with profile(profile_memory=True, use_kineto=True) as record:
         run()
     now = peak = 0
-    for event in record.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
+    changes = [x for x in record.kineto_results.events() if x.name() == "[memory]"]
+    for event in sorted(changes, key=lambda x: x.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
     return peak
 
 
 @pytest.mark.parametrize(
     ("context", "batch", "answer"),
-    [(300, 3, 5), (1400, 1, 30), (2500, 2, 5), (3500, 1, 5)],
+    [(300, 3, 5), (1400, 1, 10), (2500, 2, 5), (3500, 1, 5)],
     ids=["short", "long answer", "a chunk and the rest", "chunks"],
 )
 def test_generation_takes_what_the_model_says(

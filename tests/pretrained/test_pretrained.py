@@ -100,7 +100,8 @@ def test_transformers_alone_loads_the_original(
         assert not torch.equal(model(tokens()).logits, original(tokens()).logits)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "cohere"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "qwen3", "cohere"])
 def test_other_architectures_come_back(kind: str, tmp_path: Path) -> None:
     model = kvquant_compile.optimize(tiny(kind), bits=3, calibration=TEXT)
     kvquant_compile.save_pretrained(model, tmp_path)

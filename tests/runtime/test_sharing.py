@@ -237,7 +237,7 @@ def test_a_cropped_prompt_is_not_written_over(model: PreTrainedModel) -> None:
 def test_generation_from_a_shared_prompt(model: PreTrainedModel) -> None:
     prompt = tokens(1, 130)
     _, cache = run(model, prompt[:, :-1])
-    options = {"max_new_tokens": 70, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     fresh = run(model, prompt[:, :-1])[1]
     expected = model.generate(prompt, past_key_values=fresh, **options)
     for _ in range(2):
