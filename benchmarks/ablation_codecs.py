@@ -107,7 +107,7 @@ class Variant:
             tables = replace(tables, **changed)
         if self.change is not None:
             tables = self.change(inside, tables)
-        trips = {p: round_trip(spec, tables, p) for p in (KEYS, VALUES)}
+        trips = {p: round_trip(layer.plan, spec, tables, p) for p in (KEYS, VALUES)}
         if self.wrap is not None:
             trips = {p: self.wrap(inside, tables, spec, p, t) for p, t in trips.items()}
         return {p: _between(trips[p], maps[p]) for p in trips}

@@ -44,6 +44,13 @@ def reorder(x: Tensor, order: Tensor) -> Tensor:
     return x[..., order]
 
 
+def restored(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """Inverse of :func:`reorder`: [..., 2 P] in pair order to the model's channels [..., dim]."""
+    if order.numel() == 0:
+        return x
+    return x[..., order.argsort()[:dim]]
+
+
 def stored_tables(tables: LayerTables, order: Tensor) -> LayerTables:
     """Per-channel key constants in pair order, padding with scale 1 and no weight.
 

@@ -12,7 +12,7 @@ from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.observe import Observed
 from kvquant_compile.codec.formats import Format, Tables
 from kvquant_compile.codec.keys import dequantise_keys, quantise_keys
-from kvquant_compile.codec.order import gather_index, key_order, reorder, stored_tables
+from kvquant_compile.codec.order import gather_index, key_order, reorder, restored, stored_tables
 from kvquant_compile.codec.spec import CodecSpec, LayerTables, table_limit
 from kvquant_compile.codec.values import dequantise_values, quantise_values
 from kvquant_compile.evaluate.stored import KEYS, PARTS, round_trip
@@ -102,7 +102,7 @@ def _statistics(
     if isinstance(spec, CodecSpec) and isinstance(tables, LayerTables):
         read, normalised = _ours(plan, part, x, spec, tables)
     else:
-        read = round_trip(spec, tables, part, tail=False)(x[None])[0]
+        read = round_trip(plan, spec, tables, part, tail=False)(x[None])[0]
     error = read - x
     centred = (x - x.mean(1, keepdim=True)).square().mean()
     relative = float(error.square().mean() / centred.clamp_min(1e-30))
@@ -135,10 +135,7 @@ def _ours(
     read = dequantise_keys(keys, stored, spec)[0]
     place = keys.slot_index[0].long()
     if order.numel():
-        back = torch.empty(plan.key_dim, dtype=torch.int64, device=x.device)
-        real = order < plan.key_dim
-        back[order[real]] = real.nonzero()[:, 0]
-        read, place = read[..., back], order[place]
+        read, place = restored(read, order, plan.key_dim), order[place]
     units = x / tables.key_scale[:, None] - tables.key_zero[:, None]
     if keys.token_scale is not None:
         units = units / keys.token_scale[0].float()[..., None]

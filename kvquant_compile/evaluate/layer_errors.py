@@ -53,11 +53,11 @@ def layer_errors(prepared: Prepared, stored: Stored, bar: Progress) -> dict[str,
 def _trips(stored: Stored) -> dict[tuple[Item, int], Trip]:
     """The point's own width is all there is; it is called 0."""
     found: dict[tuple[Item, int], Trip] = {}
-    for index, spec in stored.formats.items():
-        tables = stored.tables[index]
+    for plan in (layer.plan for layer in stored.layers):
+        spec, tables = stored.formats[plan.index], stored.tables[plan.index]
         if tables is not None:
             for part in PARTS:
-                found[(index, part), 0] = round_trip(spec, tables, part, tail=False)
+                found[(plan.index, part), 0] = round_trip(plan, spec, tables, part, tail=False)
     return found
 
 

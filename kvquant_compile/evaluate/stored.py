@@ -15,18 +15,21 @@ from kvquant_compile.codec.algebra import Recipe, Tail
 from kvquant_compile.codec.algebra.recipe import RecipeTables
 from kvquant_compile.codec.formats import Format, Tables
 from kvquant_compile.codec.keys import dequantise_keys, quantise_keys
+from kvquant_compile.codec.order import gather_index, key_order, reorder, restored, stored_tables
 from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.codec.values import dequantise_values, quantise_values
+from kvquant_compile.plan import LayerPlan
 
 KEYS, VALUES = "keys", "values"
 PARTS = (KEYS, VALUES)
 Trip = Callable[[Tensor], Tensor]
 
 
-def round_trip(spec: Format, tables: Tables, part: str, tail: bool = True) -> Trip:
+def round_trip(plan: LayerPlan, spec: Format, tables: Tables, part: str, tail: bool = True) -> Trip:
     """[B, H, S, D], the model's channels -> float32 of the same shape, as read back.
 
     Args:
+        plan: of the layer: error feedback follows the order in which its keys are stored.
         spec: the layer's format; not lossless.
         tables: its constants.
         part: "keys" (as the format stores them, before or after RoPE) or "values".
@@ -37,14 +40,19 @@ def round_trip(spec: Format, tables: Tables, part: str, tail: bool = True) -> Tr
         assert isinstance(tables, RecipeTables)
         return _blocks(spec, tables, part, tail)
     assert isinstance(tables, LayerTables)
-    return _ours(spec, tables, part)
+    return _ours(plan, spec, tables, part)
 
 
-def _ours(spec: CodecSpec, tables: LayerTables, part: str) -> Trip:
+def _ours(plan: LayerPlan, spec: CodecSpec, tables: LayerTables, part: str) -> Trip:
+    order = gather_index(key_order(plan.rope, plan.key_dim), plan.key_dim)
+
     def trip(x: Tensor) -> Tensor:
         x = x.float()
         if part == KEYS:
-            read = dequantise_keys(quantise_keys(x, tables, spec), tables, spec)
+            mine = order.to(x.device)
+            stored = stored_tables(tables, mine)
+            paired = dequantise_keys(quantise_keys(reorder(x, mine), stored, spec), stored, spec)
+            read = restored(paired, mine, plan.key_dim)
         else:
             read = dequantise_values(quantise_values(x, tables, spec), tables, spec)
         return torch.cat([x[:, :, : spec.sink_tokens], read[:, :, spec.sink_tokens :]], 2)

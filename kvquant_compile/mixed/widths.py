@@ -68,12 +68,14 @@ class Fitted:
     def trips(self) -> dict[tuple[Item, int], Trip]:
         """The round trip of every item at every width; no last tokens are exact."""
         return {
-            ((index, part), width): round_trip(
-                self.formats[width][index], self.tables[width][index], part, tail=False
+            ((plan.index, part), width): round_trip(
+                plan, self.formats[width][plan.index], self.tables[width][plan.index], part,
+                tail=False,
             )
-            for index, part in self.items
+            for plan in (layer.plan for layer in self.layers)
+            for part in PARTS
             for width in self.widths
-        }
+        }  # fmt: skip
 
     def page_bytes(self, picks: Mapping[Item, int]) -> int:
         """Bytes of a page of every layer and head, for a width of every item."""

@@ -38,15 +38,16 @@ Source = tuple[Captured, tuple[MatchedLayer, ...], dict[int, Observed]]
 
 
 @functools.cache
-def source() -> Source:
-    captured = capture(tiny("llama"))
+def source(model: str = "llama") -> Source:
+    wide = {"hidden_size": 128} if model == "cohere" else {}  # two stages of error feedback
+    captured = capture(tiny(model, **wide))
     layers = recognise(captured)
     return captured, layers, observe(captured, layers, WINDOWS, True)
 
 
 @functools.cache
-def fitted(recipe: str | None = None) -> Fitted:
-    captured, layers, observed = source()
+def fitted(recipe: str | None = None, model: str = "llama") -> Fitted:
+    captured, layers, observed = source(model)
     choice = choose(recipe, 3)
     layers = stored_layers(layers, choice.formats([0, 1]))
     options = choice.calibration(OPTIONS)
@@ -59,11 +60,14 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("recipe", [None, "kvquant", "rotatekv", "int"])
-def test_what_is_switched_on_reads_as_pages_do(recipe: str | None) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [*((name, "llama") for name in (None, "kvquant", "rotatekv", "int")), (None, "cohere")],
+)
+def test_what_is_switched_on_reads_as_pages_do(recipe: str | None, model: str) -> None:
     """Layer 0 at 3 bits, layer 1 exact: the simulation that losses come from, and packed pages."""
-    captured, _, _ = source()
-    fit = fitted(recipe)
+    captured, _, _ = source(model)
+    fit = fitted(recipe, model)
     codec = OneAtATime(fit.trips(), {(0, KEYS): 3, (0, VALUES): 3})
     simulated = fake_logits(captured, fit.layers, codec)(WINDOWS[0])
     exact = fake_logits(captured, fit.layers, OneAtATime(fit.trips()))(WINDOWS[0])
