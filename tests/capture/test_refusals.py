@@ -162,9 +162,7 @@ def test_a_module_without_a_cache_is_refused():
 
 
 def test_an_original_that_contradicts_itself_is_said_to():
-    with pytest.raises(
-        UnsupportedModelError, match="the original contradicts itself"
-    ):
+    with pytest.raises(UnsupportedModelError, match="the original contradicts itself"):
         capture(build("recurrent_gemma"))
 
 

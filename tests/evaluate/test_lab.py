@@ -176,8 +176,8 @@ def test_sabotage_of_the_cache_changes_every_measure(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Lab, "program", lambda lab, point: sabotaged(program(lab, point)))
     monkeypatch.setattr(
         layer_errors, "round_trip",
-        lambda spec, tables, part, **o: torch.zeros_like if part == "values"
-        else trip(spec, tables, part, **o),
+        lambda plan, spec, tables, part, **o: torch.zeros_like if part == "values"
+        else trip(plan, spec, tables, part, **o),
     )  # fmt: skip
     broken = measures(laboratory(window=200))
     assert broken[0] > 2 * honest[0]
