@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ def allocated(run: Callable[[], object], device: torch.device) -> Allocated:
     Allocators' own rounding and caching are left out on a CPU, and on a GPU counted as the
     allocator counts them.
     """
+    gc.collect()  # what is garbage already would be freed, and subtracted, in between
     if device.type == "cpu":
         return _on_cpu(run)
     torch.cuda.synchronize(device)

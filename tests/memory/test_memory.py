@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -35,6 +36,7 @@ def model() -> PreTrainedModel:
 
 def measured_peak(run: Any) -> int:
     """Bytes that torch allocates at the worst moment of a run, by its documented profiler."""
+    gc.collect()  # what earlier tests have left would be freed, and subtracted, in between
     with profile(profile_memory=True, use_kineto=True) as record:
         run()
     now = peak = 0
