@@ -28,6 +28,10 @@ CLIP_TOKENS = 4096
 RANGE_BY_BITS = {1: 0.6, 2: 0.85, 3: 0.95}
 
 
+LEAST_ORDINARY, GREATEST_ORDINARY = 2.0**-4, 2.0**12
+"""Largest values of heads that need no unit of their own for their tokens' float16 scales."""
+
+
 def fit_values(
     v: Tensor, grad: Tensor | None, spec: CodecSpec, settings: FitSettings
 ) -> dict[str, Tensor]:
@@ -82,10 +86,19 @@ def _least_lossy(
 def _transform(v: Tensor, settings: FitSettings) -> tuple[Tensor, Tensor]:
     """Static gain and offset [H, D] of every channel."""
     if not settings.value_transform:
-        return torch.ones_like(v[:, 0]), torch.zeros_like(v[:, 0])
+        return _unit(v).expand(v[:, 0].shape).contiguous(), torch.zeros_like(v[:, 0])
     spread = v.std(1)
     mean = spread.mean(1, keepdim=True)
-    return torch.where(mean > 0, (spread / mean).clamp_min(1e-3), torch.ones_like(mean)), v.mean(1)
+    gain = torch.where(mean > 0, (spread / mean).clamp_min(1e-3), torch.ones_like(mean))
+    return gain * _unit(v), v.mean(1)
+
+
+def _unit(v: Tensor) -> Tensor:
+    """A power of two [H, 1], 1 for heads whose largest value is ordinary: tokens' float16 scales
+    of the others would overflow, or be subnormal and lose digits."""
+    largest = v.abs().amax((1, 2))[:, None]
+    ordinary = (largest == 0) | (largest >= LEAST_ORDINARY) & (largest <= GREATEST_ORDINARY)
+    return torch.where(ordinary, torch.ones_like(largest), largest.log2().floor().exp2())
 
 
 def _fixed_end_table(

@@ -81,6 +81,16 @@ def test_more_bits_less_error() -> None:
     assert got[-1][0] < 1e-3
 
 
+@pytest.mark.parametrize("factor", [2.0**-22, 2.0**26])
+def test_values_of_any_size_are_stored_equally_well(factor: float) -> None:
+    """Their float16 scales neither overflow nor lose digits."""
+    k, v, gk, gv = data()
+    spec = CodecSpec(3, 3, 0, 1)
+    plain = errors(fit_layer(k, v, gk, gv, spec, FitSettings()), spec, k, v)
+    far = errors(fit_layer(k, v * factor, gk, gv, spec, FitSettings()), spec, k, v * factor)
+    assert far[1] == pytest.approx(plain[1], rel=0.05)
+
+
 def test_token_scale_helps_keys_of_varying_size() -> None:
     k, v, _, _ = data()
     with_scale, without = CodecSpec(2, 2, key_token_scale=True), CodecSpec(2, 2)
