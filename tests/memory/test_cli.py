@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 import kvquant_compile
@@ -13,6 +14,7 @@ from kvquant_compile.cli import app
 DEMO = Path(kvquant_compile.__file__).parent / "assets" / "demo"
 
 
+@pytest.mark.slow
 def test_memory_of_the_demo_model() -> None:
     command = ["memory", "--model", str(DEMO), "--context", "3000", "--batch", "2", "--json"]
     result = CliRunner().invoke(app, [*command, "--memory", "150 MB", "--dtype", "float32"])

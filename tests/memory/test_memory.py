@@ -148,7 +148,7 @@ def test_formulas_are_sympy_and_json(model: PreTrainedModel) -> None:
     assert report.bytes("cache", context=2000) > report.bytes("cache")
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_longest_context_fits_and_no_longer_one(batch: int) -> None:
     model = optimised(prefill_chunk=1024)
     fixed = weight_bytes(model)
