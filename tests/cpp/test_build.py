@@ -52,6 +52,18 @@ def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @needs_compiler
+def test_a_damaged_library_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(build.FOLDER, str(tmp_path))
+    with monkeypatch.context() as patch:  # it has never been loaded
+        patch.setattr(build.ctypes, "CDLL", lambda path: path)
+        path = Path(build.build(PROGRAM, "number"))
+    path.write_bytes(path.read_bytes()[:100])
+    assert build.build(PROGRAM, "number").number() == 42
+
+
+@needs_compiler
 def test_a_program_with_an_error_is_refused_with_the_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

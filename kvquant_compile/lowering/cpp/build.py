@@ -110,7 +110,14 @@ def build(source: str, name: str, native: bool = True, contract: bool = True) ->
     target = folder() / f"{name}_{digest}.so"
     if not target.exists():
         _compile(source, target, options)
-    return ctypes.CDLL(str(target))
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError:  # damaged since: once more
+        _compile(source, target, options)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise _failed(f"its library cannot be loaded: {error}") from error
 
 
 def _compile(source: str, target: Path, options: tuple[str, ...]) -> None:
