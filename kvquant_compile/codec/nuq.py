@@ -51,7 +51,7 @@ def _by_cell(x: Tensor, table: Tensor) -> Tensor:
     cell = torch.nan_to_num((x * 2).floor_(), nan=-_HALF_STEPS)
     cell = cell.clamp_(-_HALF_STEPS, _HALF_STEPS - 1).to(torch.int32).add_(_HALF_STEPS)
     first = torch.arange(heads, dtype=torch.int32, device=x.device) * (2 * _HALF_STEPS)
-    return cell_codes(table).view(-1)[cell.add_(first.view(-1, 1, 1))]
+    return cell_codes(table).view(-1)[cell.add_(first.view(-1, 1, 1)).long()]
 
 
 def cell_codes(table: Tensor) -> Tensor:

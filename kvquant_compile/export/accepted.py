@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.errors import OptionError
 from kvquant_compile.passes.rewrite import STEP_INPUTS
 from kvquant_compile.runtime.installed import Installed
 
+_NAMESPACES = ("aten", "prims", "kvquant")
 _TOKEN_INPUTS = ("hidden", "per_layer_inputs", "ids", "position_ids")
 
 
@@ -43,11 +45,25 @@ def check_exportable(state: Installed) -> None:
             f"its graph also takes {', '.join(unknown)}, which a step's tokens do not determine",
             "Export another model; hybrids with recurrent states run in torch only.",
         )
+    foreign = sorted(
+        {str(node.target) for node in program.graph_module.graph.nodes if _is_foreign(node)}
+    )
+    if foreign:
+        raise _refusal(
+            f"its graph calls {', '.join(foreign)}, which only a library's own runtime has",
+            "Export another model; mixtures of experts run in torch only.",
+        )
     if any(node.op == "call_module" for node in program.graph_module.graph.nodes):
         raise _refusal(
             "some of its modules cannot be traced and are called as they are",
             "Export another model; experts that are chosen in Python run in torch only.",
         )
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls an op that is neither torch's nor ours."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in _NAMESPACES
 
 
 def _refusal(why: str, do: str) -> OptionError:

@@ -28,7 +28,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 CALIBRATION = tokens(4, 64, seed=7)
 NEW = 50
-SLOW_TYPES = ("gemma2", "qwen3", "gpt_neox", "gpt2", "gpt_oss", "bloom")
+SLOW_TYPES = ("gemma2", "qwen3", "gpt_neox", "gpt2", "bloom")
 
 
 def exported(model: Any, folder: Path, **options: Any) -> OnnxSession:

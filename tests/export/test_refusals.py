@@ -40,6 +40,13 @@ def test_formats(options: Any, dtype: torch.dtype, reason: str, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("no_packages")
+def test_ops_of_other_libraries(tmp_path: Path) -> None:
+    model = kvquant_compile.optimize(tiny("gpt_oss"), 3, calibration=tokens(4, 64))
+    with pytest.raises(OptionError, match=r"grouped_mm|cannot be traced"):
+        export_onnx(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.usefixtures("no_packages")
 def test_opsets_and_models_that_are_not_optimised(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="opset=17"):
         export_onnx(tiny("llama"), tmp_path / "model.onnx", opset=17)
