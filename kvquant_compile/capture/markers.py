@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from kvquant_compile.capture.reference import (
-    CHUNKED,
     chosen_keys,
     exact_attention,
-    exact_mask,
+    step_mask,
 )
 from kvquant_compile.capture.torch_internals import is_fake, is_symbolic
 from kvquant_compile.errors import CacheError
@@ -83,8 +82,7 @@ def _mask(
 ) -> Tensor:
     if any(map(is_symbolic, (batch, queries, past))):
         return _fake_mask(padding, batch, queries, past, kind, window, device)
-    chunked = kind == CHUNKED
-    return exact_mask(padding, batch, queries, past, window, device, chunked=chunked)
+    return step_mask(padding, batch, queries, past, kind, window, device)
 
 
 def _attend(

@@ -26,6 +26,20 @@ def visible_keys(queries: int, past: int, window: int, device: torch.device | st
     return seen & (key > query - window) if window else seen
 
 
+def step_mask(
+    padding: Tensor | None,
+    batch: int,
+    queries: int,
+    past: int,
+    kind: str,
+    window: int,
+    device: torch.device,
+) -> Tensor:
+    """What the mask marker stands for (:mod:`.markers`), as :func:`exact_mask` has it."""
+    chunked = kind == CHUNKED
+    return exact_mask(padding, batch, queries, past, window, device, chunked=chunked)
+
+
 def exact_mask(
     padding: Tensor | None,
     batch: int,

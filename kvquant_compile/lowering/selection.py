@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kvquant_compile.capture.reference import CHUNKED, chosen_keys, exact_mask
+from kvquant_compile.capture.reference import chosen_keys
 
 
 def selected_slots(selected: Tensor, columns: Tensor) -> Tensor:
@@ -21,18 +20,3 @@ def selected_slots(selected: Tensor, columns: Tensor) -> Tensor:
     # One column more than there are, which nobody has chosen: that of the empty slots.
     chosen = chosen_keys(selected, int(columns.max()) + 1)
     return chosen.gather(2, columns[:, None].expand(-1, selected.shape[1], -1))
-
-
-def step_mask(
-    padding: Tensor | None,
-    batch: int,
-    queries: int,
-    past: int,
-    kind: str,
-    window: int,
-    device: torch.device,
-) -> Tensor:
-    """A step's mask as a tensor, for modules that read it: bool [B, 1, S, past + S]; arguments as
-    of the mask marker."""
-    chunked = kind == CHUNKED
-    return exact_mask(padding, batch, queries, past, window, device, chunked=chunked)

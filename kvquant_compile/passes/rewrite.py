@@ -18,10 +18,11 @@ from typing import Any
 from torch import fx
 
 from kvquant_compile.capture.markers import MARKERS, MASK
+from kvquant_compile.capture.reference import step_mask
 from kvquant_compile.logs import logger
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import LayerConstants
-from kvquant_compile.lowering.selection import selected_slots, step_mask
+from kvquant_compile.lowering.selection import selected_slots
 from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.device_past import positions_from_slots
 from kvquant_compile.passes.recognise import MatchedLayer

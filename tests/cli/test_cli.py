@@ -68,7 +68,7 @@ def test_eval_prints_results_and_goes_on_from_them(
 
 
 def test_eval_prints_tables_and_plots(run: Any, calibration: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
     plot = tmp_path / "front.svg"
     code, out, _ = run("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "128",
                        "--limit", "1", "--bits", "2", "--recipes", "kvquant+,fp8",
