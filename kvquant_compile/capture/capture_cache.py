@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import (
     DynamicIndexedLayer,
@@ -46,6 +46,7 @@ class Firings:
         forgetful: window of every cache layer that forgets what is outside of one, if that is
             narrower than the model's context.
         watch: the modules that keep a state.
+        keeper: the cache layer in which positions of all tokens are kept, if any.
         replaying, replayed: while tracing, the place of the next answer in ``masks``.
     """
 
@@ -58,6 +59,7 @@ class Firings:
     derived: bool = False
     forgetful: dict[int, int] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
+    keeper: int | None = None
     replaying: bool = False
     replayed: int = 0
 
@@ -144,20 +146,3 @@ def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
             )
         cache.layers[index] = CaptureLayer(index, past, seen)
     return cache
-
-
-def refuse_positions(cache: WatchedCache, backbone: nn.Module) -> None:
-    """Refuse models whose cache layers remember positions beside keys.
-
-    Raises:
-        UnsupportedModelError: one of them does.
-    """
-    for index, layer in enumerate(cache.layers):
-        if getattr(layer, "indexer_position_ids", None) is not None:
-            raise UnsupportedModelError(
-                "the model cannot be captured",
-                where=definition_line(type(backbone)),
-                why=f"its cache layer {index} keeps the positions of all tokens, from which its"
-                " index makes rotations anew in every step",
-                do="Report the model; such caches are not supported.",
-            )

@@ -6,7 +6,8 @@
     kind is ``causal``, ``sliding`` or ``chunked``; window is the length of chunks then.
 ``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?, selected?)``
     returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi); selected
-    int [B, S, n] are the only keys that a query attends to (sparse attention).
+    are the only keys that a query attends to (sparse attention): places int [B, S, n], or a mask
+    bool [B, 1, S, past + S].
 ``stateful(inputs, shape, dtype, leaf, output) -> Tensor``
     stands for an output of a module with a state while tracing (see :mod:`.leaves`); never runs.
 

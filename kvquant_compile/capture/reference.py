@@ -72,7 +72,15 @@ def exact_mask(
 
 
 def chosen_keys(selected: Tensor, keys: int) -> Tensor:
-    """Places of keys as a mask: int [B, S, n] to bool [B, S, keys]; negative places are none."""
+    """Which keys each query has chosen, bool [B, S, keys].
+
+    Args:
+        selected: their places, int [B, S, n], negative ones being none; or a mask over the first
+            keys, bool [B, 1, S, n].
+        keys: how many there are.
+    """
+    if selected.dtype is torch.bool:
+        return F.pad(selected[:, 0], (0, keys - selected.shape[-1]))
     batch, queries, _ = selected.shape
     chosen = torch.zeros(batch, queries, keys + 1, dtype=torch.bool, device=selected.device)
     places = torch.where(selected < 0, keys, selected).long()

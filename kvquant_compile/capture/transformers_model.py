@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kvquant_compile.capture.audit import audit_firings, audit_graph
 from kvquant_compile.capture.cache_inputs import mark_appends
-from kvquant_compile.capture.capture_cache import Firings, capture_cache, refuse_positions
+from kvquant_compile.capture.capture_cache import Firings, capture_cache
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
 from kvquant_compile.capture.embedding import (
@@ -29,12 +29,14 @@ from kvquant_compile.capture.failures import (
 )
 from kvquant_compile.capture.hf_hooks import attention_by, markers_in
 from kvquant_compile.capture.hf_selfcheck import self_check
+from kvquant_compile.capture.kept_positions import keeper_of_positions, pass_all_positions
 from kvquant_compile.capture.leaves import Leaf, Watch, call_leaves, opaque, watching
 from kvquant_compile.capture.own_attention import (
     cache_inputs,
     export_with_cache,
     marked_graph,
 )
+from kvquant_compile.capture.selections import split_selections
 from kvquant_compile.capture.slices_written import written_slices_as_values
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
 from kvquant_compile.observer import SILENT, Observer
@@ -69,7 +71,7 @@ class _Flat(nn.Module):
             use_cache=True,
             **{name: value for name, value in inputs.items() if name in self.takes},
         )
-        refuse_positions(cache, self.backbone)
+        self.seen.keeper = keeper_of_positions(cache)
         return out.last_hidden_state
 
 
@@ -97,6 +99,9 @@ def capture_transformers(model: PreTrainedModel, observer: Observer = SILENT) ->
             gm = flat_graph(program)
             observer.graph("exported", gm)
             call_leaves(gm, leaves)
+            if seen.keeper is not None:
+                pass_all_positions(gm, seen.keeper)
+            split_selections(gm)
         sizes_from(gm, "hidden")
         optional = mask_from_input(gm, "attention_mask")
         observer.graph("captured", gm)

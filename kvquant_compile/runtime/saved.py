@@ -21,6 +21,7 @@ from kvquant_compile.files import FileKind
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.identity import Identity
+from kvquant_compile.runtime.states import KEYS, POSITIONS, index_tensors, restore_index
 
 _REDO = "Run the prompt through the optimised model again and save its cache anew."
 FILE = FileKind("cache", "kvquant_compile cache", "1", ArtifactError, _REDO)
@@ -151,14 +152,11 @@ def _fill(cache: QuantizedCache, header: Mapping[str, Any], tensors: Mapping[str
     _restore_states(cache, header["states"], tensors)
 
 
-_INDEX = "index"
-
-
 def _states(cache: QuantizedCache) -> Iterator[tuple[str, Tensor, bool]]:
     """(name, tensor, whether tokens have gone into it) of recurrent states and indices."""
     for index, indexed in enumerate(cache.indexed_layers()):
-        if indexed.indexer_keys is not None:
-            yield f"states.{index}.{_INDEX}.0", indexed.indexer_keys, True
+        for part, tensor in index_tensors(indexed).items():
+            yield f"states.{index}.{part}.0", tensor, True
     for index, layer in enumerate(cache.recurrent_layers()):
         for kind in ("conv", "recurrent"):
             for place, tensor in getattr(layer, f"{kind}_states").items():
@@ -173,8 +171,8 @@ def _restore_states(
     layers: list[LinearAttentionLayer] = cache.recurrent_layers()
     for name in begun:
         _, index, kind, place = name.split(".")
-        if kind == _INDEX:
-            cache.indexed_layers()[int(index)].update_indexer(tensors[name].to(cache.device))
+        if kind in (KEYS, POSITIONS):
+            restore_index(cache.indexed_layers()[int(index)], kind, tensors[name].to(cache.device))
             continue
         layer, at, saved = layers[int(index)], int(place), tensors[name].to(cache.device)
         if kind == "conv":
