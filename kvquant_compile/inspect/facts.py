@@ -80,10 +80,17 @@ def layer_facts(kind: Sequence[LayerReport]) -> list[Fact]:
     found.append(Fact("proof", proof(kind)))
     if layer.refusal:
         found.append(Fact("keys kept rotated", layer.refusal))
-    found.append(Fact("keys stored", str(layer.plan["keys_stored"])))
+    found.append(Fact("keys stored", str(layer.plan["keys_stored"]) + _moved(layer)))
     runs = runs_by(layer)
     unsaid = layer.fallback and layer.fallback not in runs
     return [*found, Fact("runs", f"{runs}: {layer.fallback}" if unsaid else runs)]
+
+
+def _moved(layer: LayerReport) -> str:
+    """What stood behind the rotation of keys and was moved."""
+    moved = layer.certificate.get("moved", {})
+    norm = ", behind their norm" if moved.get("norm") else ""
+    return norm + (", their weights moved to the query" if moved.get("weights_to_query") else "")
 
 
 def proof(kind: Sequence[LayerReport]) -> str:

@@ -16,7 +16,7 @@ from kvquant_compile.logs import logger
 from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.absorb import LATENT, absorb
 from kvquant_compile.passes.masks import attend_plan
-from kvquant_compile.passes.norms import commute_norms
+from kvquant_compile.passes.norms import MOVED, UNMOVED, commute_norms
 from kvquant_compile.passes.prove import Proof, Prover
 from kvquant_compile.passes.taint import float_value
 from kvquant_compile.plan import LayerPlan, RopeSpec
@@ -87,6 +87,7 @@ def _match(prover: Prover, graph: fx.Graph, append: fx.Node) -> MatchedLayer:
     proof = prover.prove(key)
     refusal = proof.refusal or _query_refusal(prover, proof, attends)
     if refusal:
+        refusal = "; ".join(filter(None, (refusal, append.meta.get(UNMOVED))))
         proof = replace(proof, pre=key, layout="bhsd", spec=None, refusal=refusal)
     kv_heads, key_dim = (int(float_value(key).shape[i]) for i in (1, 3))
     plan = LayerPlan(
@@ -96,7 +97,7 @@ def _match(prover: Prover, graph: fx.Graph, append: fx.Node) -> MatchedLayer:
         value_dim=int(float_value(value).shape[3]),
         rope=proof.spec,
         attends=tuple(map(attend_plan, attends)),
-        certificate=_certificate(proof),
+        certificate=_certificate(proof, append),
         refusal=refusal,
         latent=int(append.meta.get(LATENT, 0)),
     )
@@ -135,9 +136,11 @@ def _turn_together(key: RopeSpec, query: RopeSpec) -> bool:
     return turns[0] == turns[1]
 
 
-def _certificate(proof: Proof) -> dict[str, Any]:
+def _certificate(proof: Proof, append: fx.Node) -> dict[str, Any]:
+    moved = append.meta.get(MOVED)
     return {
         **proof.evidence,
+        **({"moved": moved} if moved else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
