@@ -4,8 +4,8 @@ The mixers of state-space and linear-attention layers unroll over the step's len
 traced, and what they keep is small and of fixed size. They stay the model's own modules: while
 tracing, one opaque op stands for each; afterwards the graph calls the module, with the model's own
 cache class for its state. That cache is the graph's input ``states``; None starts from nothing.
-Modules whose Python control flow depends on data (loops over the experts that were hit) are leaves
-without a state.
+Modules whose Python control flow depends on data (loops over the experts that were hit), or whose
+weights are of a class that a tracer loses, are leaves without a state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvquant_compile.capture.edit import add_call
 from kvquant_compile.capture.markers import STATEFUL
-from kvquant_compile.capture.torch_internals import is_symbolic, size_hint
+from kvquant_compile.capture.torch_internals import is_symbolic, loses_class, size_hint
 from kvquant_compile.errors import UnsupportedLayerError
 
 STATES = "states"
@@ -141,6 +141,8 @@ def watching(backbone: nn.Module, watch: Watch) -> Iterator[None]:
     watch.stack.clear()
     hooks = []
     for module in backbone.modules():
+        if any(loses_class(weight) for weight in module.parameters(recurse=False)):
+            watch.users[module] = None
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         yield

@@ -26,6 +26,7 @@ from kvquant_compile.runtime.given_mask import padding_of
 from kvquant_compile.runtime.handwritten import handwritten_forward, shelve, unshelve
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.program import Program
+from kvquant_compile.runtime.switched import follow_adapters
 
 _log = logger("runtime")
 
@@ -43,7 +44,7 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
     """Put the program behind the model; ``output_type`` is what its backbone returns."""
     backbone: Any = state.captured.backbone
     network: Any = model
-    for module, name in _replaced(state):
+    for module, name in state.replaced():
         if name in module.__dict__:
             state.before[name] = module.__dict__[name]
     if state.captured.convention == "transformers":
@@ -67,19 +68,12 @@ def uninstall(model: nn.Module) -> None:
     """Give the model its own behaviour back."""
     state = installed(model)
     unshelve(state)
-    for module, name in _replaced(state):
+    for module, name in state.replaced():
         module.__dict__.pop(name, None)
         if name in state.before:
             module.__dict__[name] = state.before[name]
         module.__dict__.pop(ATTRIBUTE, None)
     _log.info("%s runs as it was", type(model).__name__)
-
-
-def _replaced(state: Installed) -> list[tuple[nn.Module, str]]:
-    """The instance attributes that optimising a model sets."""
-    captured = state.captured
-    of_model = "_prepare_cache_for_generation", "init_continuous_batching"
-    return [(captured.backbone, "forward"), *((captured.model, name) for name in of_model)]
 
 
 def _backbone_forward(
@@ -98,7 +92,7 @@ def _backbone_forward(
             if reason:
                 state.warn_once(reason)
             return original(*args, **kwargs)
-        state.adapters.check()
+        follow_adapters(state, _tokens(given).shape[1])
         _refuse_unsupported(backbone, given)
         if cache is None and not _wants_cache(backbone, given):
             _refuse_packed(given)
@@ -163,12 +157,15 @@ def _refuse_packed(given: dict[str, Any]) -> None:
         )
 
 
+def _tokens(given: dict[str, Any]) -> Tensor:
+    return given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+
+
 def _run_backbone(
     backbone: Any, state: Installed, given: dict[str, Any], cache: QuantizedCache
 ) -> Tensor:
     """The last hidden state [B, S, width] of a step, which is run in parts where it is long."""
-    tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    batch, steps = tokens.shape[:2]
+    batch, steps = _tokens(given).shape[:2]
     past = cache.columns
     positions = _positions(given.get("position_ids"), batch, steps, cache)
     mask = padding_of(given.get("attention_mask"), past)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvquant_compile.calib.data import vocabulary
 from kvquant_compile.capture.captured import Captured
@@ -76,7 +76,8 @@ def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dic
 
 
 def _advice(captured: Captured) -> str:
-    kinds = {type(p.detach()).__name__ for p in captured.model.parameters()} - {"Tensor"}
+    classes = {c for p in captured.model.parameters() for c in (type(p), type(p.detach()))}
+    kinds = {c.__name__ for c in classes - {Tensor, nn.Parameter}}
     if kinds:
         return (
             f"Its weights are quantised ({', '.join(sorted(kinds))}); where their layers round"
