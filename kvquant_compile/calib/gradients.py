@@ -16,11 +16,18 @@ def loss_gradients(loss: Tensor, found: Sequence[Tensor]) -> tuple[Tensor, ...]:
     Raises:
         CalibrationError: layers behind one of them pass no gradients back.
     """
-    reached = torch.autograd.grad(loss, found, allow_unused=True) if loss.requires_grad else ()
-    if not reached or any(gradient is None for gradient in reached):
+    reached: Sequence[Tensor | None] = ()
+    try:
+        if loss.requires_grad:
+            reached = torch.autograd.grad(loss, found, allow_unused=True)
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+    whole = tuple(gradient for gradient in reached if gradient is not None)
+    if len(whole) < len(found):
         raise CalibrationError(
             "the model cannot be calibrated with gradients",
             why="some of its layers pass none back (quantised weights with kernels for inference)",
             do='Pass sensitivity="none" to calibrate without.',
         )
-    return reached
+    return whole

@@ -186,11 +186,19 @@ def test_torchao_weights(config: str) -> None:
     composes(_torchao(config))
 
 
-def test_torchao_int4_weights() -> None:
-    try:
-        model = _torchao("Int4WeightOnlyConfig", group_size=32)
-    except (ImportError, AssertionError, NotImplementedError, RuntimeError) as missing:
-        pytest.skip(f"torchao has no int4 kernel here: {missing}")
+def test_torchao_int4_weights_unpacked() -> None:
+    granularity = pytest.importorskip("torchao.quantization.granularity", reason="no torchao")
+    composes(_torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4,
+                      granularity=granularity.PerGroup(32)))  # fmt: skip
+
+
+def test_torchao_int4_weights_packed_for_a_cpu() -> None:
+    int4 = pytest.importorskip("torchao.prototype.quantization.int4", reason="no torchao, or older")
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny(hidden_size=128, intermediate_size=256, head_dim=32)
+    quantization.quantize_(model, int4.PrototypeInt4WeightOnlyConfig(group_size=32))
+    with pytest.raises(kvquant_compile.CalibrationError, match='sensitivity="none"'):
+        kvquant_compile.optimize(model, bits=3, calibration=zoo.tokens(2, 32))
     composes(model)
 
 
