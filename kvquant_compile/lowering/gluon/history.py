@@ -32,10 +32,10 @@ def {name}(
     query, key, value, query_order, slots, history, table, positions, addresses, sinks,
     sink_logits, constants, frequencies, turns, rope_scale, key_unit, gain, offset, counters,
     partial, partial_lse, output, output_lse,
-    scale, softcap, window, heads, rep, steps, pages, query_batch, query_head_stride, query_step,
+    scale, softcap, window, rep, steps, pages, query_batch, query_head_stride, query_step,
     key_batch, key_head, key_step, value_batch, value_head, value_step, table_row, position_row,
     slot_row, page_bytes, EXACT: gl.constexpr, SINKS: gl.constexpr, LOGITS: gl.constexpr,
-    ONE_SLAB: gl.constexpr,
+    ONE_SLAB: gl.constexpr, HEADS: gl.constexpr,
 ):
 """
 
@@ -58,9 +58,10 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     values = ValueEmitter(spec, memory, value_slots)
     level = spec.explicit < spec.key_groups  # some pairs leave a constant for every page
     _write_frame(out, spec, memory)
-    visibility.start(out)
+    visibility.load(out)
     if not spec.window:
         ring.start(out)
+    queries.load(out)
     visibility.prologue(out)
     if spec.window:
         ring.start(out)
@@ -122,6 +123,7 @@ def _write_frame(out: KernelWriter, spec: GluonSpec, memory: Memory) -> None:
         "lane = tid & 31", "g = lane >> 2", "t = lane & 3", "lz = tid * 0",
         "zero = lz.to(gl.float32)",
         "middle = (g * 4).to(gl.float32) * 0.03125 - 1.0",
+        "heads: gl.constexpr = HEADS",
         "row = gl.program_id(0) // heads", "head = gl.program_id(0) % heads",
         "split = gl.program_id(1) - 1", "splits = gl.num_programs(1) - 1",
         "tile = gl.program_id(2)", "tiles = gl.num_programs(2)",
