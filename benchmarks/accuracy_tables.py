@@ -79,7 +79,7 @@ def _calibration(line: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) ->
 def _table(table: Mapping[str, Any]) -> str:
     """Codecs by width, the least divergence first."""
     rows = sorted(table["rows"], key=lambda r: (-float(r["bits"] or 99), r["kl"]))
-    name = NAMES.get(table["text"], table["text"])
+    name = NAMES.get(table["text"], table["text"]).strip("*")
     title = (
         f"**{name}, {table['windows']} windows of {table['window']} tokens**, perplexity of the"
         f" original {table['perplexity']:.2f}:"

@@ -116,6 +116,7 @@ def record(args: argparse.Namespace, shard: Shard, seconds: dict[str, float]) ->
         "environment": environment(),
         "model": Path(args.model).name,
         "calibration": args.calibrate_on or args.calibration.stem,
+        "given": args.calibrate_on is None,
         "calibration_source": source.source,
         "texts": {digest(read_text(path)): path.stem for path in args.texts},
         "elements": sum(

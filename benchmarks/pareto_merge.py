@@ -132,7 +132,7 @@ def collect(folder: Path) -> tuple[list[Scores], list[dict[str, Any]]]:
 def merged(folder: Path, least: int) -> dict[str, Any]:
     """The record of a folder."""
     scores, runs = collect(folder)
-    main = runs[0]["calibration"]
+    main = next(run["calibration"] for run in runs if run["given"])
     given = [s for s in scores if s.place.calibration == main]
     points = [[p for p in s.values if p.recipe != ORIGINAL] for s in given]
     method = [[p for p in some if p.recipe in METHOD] for some in points]
