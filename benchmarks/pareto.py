@@ -173,7 +173,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", default=RECIPES)
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--windows", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--limits", type=int, nargs="+", help="most tokens of every text")
+    parser.add_argument(
+        "--limits",
+        type=int,
+        nargs="+",
+        help="most tokens of a text; with --calibrate-on, below its half",
+    )
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a pass")
     parser.add_argument("--shard", default="0/1", help="this one / of so many")
     parser.add_argument("--name", help="of the files")
