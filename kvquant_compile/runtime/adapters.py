@@ -32,6 +32,7 @@ class Adapters:
     def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
         self._model = model
         self._layers = list(_adapted(model))
+        self._made = self._parts()
         self._hooks = self._hooked()
         own = {id(parameter) for parameter in model.parameters()}
         self._parameters = own & {id(parameter) for parameter in _read_by(graph)}
@@ -39,11 +40,7 @@ class Adapters:
 
     def state(self) -> Hashable:
         """How the adapters stand: equal states compute the same."""
-        return tuple(
-            (*(str(getattr(layer, switch)) for switch in _SWITCHES),
-             str(getattr(layer, "scaling", "")), tuple(_parts(layer)))
-            for layer in self._layers
-        )  # fmt: skip
+        return tuple(map(_switches, self._layers)), self._made
 
     def check_calls(self) -> None:
         """Refuse what only this call does to the layers.
@@ -52,6 +49,8 @@ class Adapters:
             OptionError: hooks were put on them, as PEFT does for ``adapter_names=``.
         """
         if self._layers and self._hooked() != self._hooks:
+            for layer, before in zip(self._layers, self._hooks, strict=True):
+                _drop_hooks(layer, before)  # PEFT leaves them behind where a call fails
             raise OptionError(
                 "adapters of this call only (adapter_names=, or hooks on their layers)",
                 why="the graph computes the same adapters for every sequence",
@@ -59,11 +58,13 @@ class Adapters:
             )
 
     def check_layers(self) -> None:
-        """Compare layers and parameters with what the graph reads.
+        """Compare layers and parameters with what the graph reads, and look for adapters that
+        were loaded anew.
 
         Raises:
             OptionError: adapters were added or unloaded, or weights replaced, since.
         """
+        self._made = self._parts()
         same = list(_adapted(self._model)) == self._layers
         if same and self._parameters <= {id(p) for p in self._model.parameters()}:
             return
@@ -72,6 +73,12 @@ class Adapters:
             why="its graph computes the ones that it was captured with",
             do="Call kvquant_compile.restore(model) and optimize again.",
         )
+
+    def _parts(self) -> tuple[int, ...]:
+        """Which modules and parameters the adapters are; loading one makes new ones."""
+        groups = [group for layer in self._layers for group in layer.children()]
+        parts = (part for g in groups for part in (*g._modules.values(), *g._parameters.values()))
+        return tuple(map(id, parts))
 
     def _hooked(self) -> list[tuple[Hashable, ...]]:
         return [tuple(layer._forward_pre_hooks) for layer in self._layers]
@@ -90,11 +97,23 @@ def _read_by(gm: fx.GraphModule) -> Iterator[Any]:
             yield from gm.get_submodule(str(node.target)).parameters()
 
 
-def _parts(layer: nn.Module) -> Iterator[int]:
-    """Which modules and parameters its adapters are; loading one anew makes new ones."""
-    for group in layer.children():
-        yield from map(id, group._modules.values())
-        yield from map(id, group._parameters.values())
+def _drop_hooks(layer: nn.Module, kept: tuple[Hashable, ...]) -> None:
+    """Take PEFT's own hooks for one call off a layer."""
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        module = getattr(getattr(hook, "func", hook), "__module__", "")
+        if key not in kept and module.split(".")[0] == "peft":
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _switches(layer: Any) -> Hashable:
+    scaling = getattr(layer, "scaling", None)
+    return (
+        tuple(layer.active_adapters),
+        tuple(layer.merged_adapters),
+        bool(layer.disable_adapters),
+        tuple(scaling.items()) if isinstance(scaling, dict) else str(scaling),
+    )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
