@@ -82,9 +82,9 @@ def _commute(
     """Move one key's norm and weights; what the append's meta says of it."""
     if readers is None:
         return {UNMOVED: "something else than attention reads the cached key"}
-    error = _difference(prover, key)
-    if not error <= _TOLERANCE:
-        return {UNMOVED: f"moved before the rotation it gives other keys (by {error:.1e})"}
+    error, why = _difference(prover, key)
+    if why:
+        return {UNMOVED: f"with its norm before it, {why}"}
     append.update_arg(0, key.end)
     for attend in readers:
         query = queries[attend.args[0]]  # type: ignore[index]
@@ -191,7 +191,7 @@ def _moved_queries(
 
 def _query(prover: Prover, query: fx.Node, moved: _Moved | None) -> fx.Node:
     """A query with its norm before the rotation, if that is the same."""
-    if moved is None or not _difference(prover, moved) <= _TOLERANCE:
+    if moved is None or _difference(prover, moved)[1]:
         return query
     return _weighted(moved.end, moved.tail.weights)
 
@@ -205,15 +205,15 @@ def _weighted(query: fx.Node, weights: Iterable[fx.Node]) -> fx.Node:
     return query
 
 
-def _difference(prover: Prover, moved: _Moved) -> float:
-    """Relative error of the moved vector, times its weights, against the one that was; infinite
-    where its rotation is not proved.
+def _difference(prover: Prover, moved: _Moved) -> tuple[float, str]:
+    """Relative error of the moved vector, times its weights, against the one that was; and why
+    it cannot stand for it, if it cannot.
 
     Inputs are random, of a different size for every head and token, at positions from 29 on.
     """
     proof = prover.prove(moved.end)
     if proof.spec is None:
-        return float("inf")
+        return float("inf"), proof.refusal or "no position reaches it"
     like = float_value(moved.end)
     shape = (_BATCH, int(like.shape[1]), _TOKENS, int(like.shape[3]))
     generator = torch.Generator().manual_seed(0)
@@ -222,13 +222,14 @@ def _difference(prover: Prover, moved: _Moved) -> float:
     gm = prover.captured.graph_module
     values = input_values(gm, _START, _TOKENS, _BATCH)
     values[moved.pre] = from_heads(x, proof.layout)
-    run = Evaluator(gm, values, widen=True)
+    run = Evaluator(gm, values, widen=prover.captured.dtype)
     with torch.no_grad():
         new = run(moved.end)
         for weight in moved.tail.weights:
             new = new * run(weight)
         old = run(moved.tail.end)
-    return float((new - old).abs().max() / old.abs().max())
+    error = float((new - old).abs().max() / old.abs().max())
+    return error, "" if error <= _TOLERANCE else f"keys are others (relative error {error:.1e})"
 
 
 def _name(node: fx.Node) -> str:

@@ -156,7 +156,8 @@ class Prover:
         values = input_values(self.captured.graph_module, _PROBE_START, _PROBE_TOKENS, _PROBE_BATCH)
         values[pre] = from_heads(x, layout)
         with torch.no_grad():
-            got = Evaluator(self.captured.graph_module, values, widen=True)(end).float()
+            run = Evaluator(self.captured.graph_module, values, widen=self.captured.dtype)
+            got = run(end).float()
         positions = torch.arange(_PROBE_START, _PROBE_START + _PROBE_TOKENS, device=x.device)
         expected = apply_rope(x, positions, spec)
         error = float((got - expected).abs().max() / expected.abs().max())

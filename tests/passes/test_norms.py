@@ -158,7 +158,7 @@ def test_a_scaled_rotation_does_not_pass_a_norm():
             "rope_theta": 10000.0}  # fmt: skip
     model = zoo.tiny("hunyuan_v1_dense", num_hidden_layers=1, hidden_size=32, rope_parameters=yarn)
     captured, (layer,) = _recognised(model)
-    assert "gives other keys (by 1." in layer.plan.refusal
+    assert "with its norm before it, keys are others" in layer.plan.refusal
     assert max(validate_lossless(captured, [layer]).values()) < 1e-5
 
 
