@@ -310,7 +310,8 @@ class QuantizedCache(Cache):
         """Write the cache to a safetensors file, which :func:`kvquant_compile.load_cache` reads.
 
         Raises:
-            CacheError: the cache belongs to no optimised model, or can no longer be used.
+            CacheError: the cache belongs to no optimised model, can no longer be used, or keeps
+                states in a class of the model's own.
             ArtifactError: the file cannot be written.
         """
         from kvquant_compile.runtime.saved import save

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
+from kvquant_compile.capture.own_cache import own_states
 from kvquant_compile.codec.spec import PAGE_TOKENS
-from kvquant_compile.errors import ArtifactError
+from kvquant_compile.errors import ArtifactError, CacheError
 from kvquant_compile.files import FileKind
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.runtime.cache import QuantizedCache
@@ -29,6 +30,13 @@ FILE = FileKind("cache", "kvquant_compile cache", "1", ArtifactError, _REDO)
 
 def save(cache: QuantizedCache, identity: Identity, path: str | Path) -> None:
     """Write a cache; see :meth:`QuantizedCache.save`."""
+    if own_states(cache.states):
+        raise CacheError(
+            "this cache cannot be saved",
+            why=f"its model keeps states in a class of its own, {type(cache.states).__name__},"
+            " which nothing but the model's code can fill",
+            do="Run the prompt again instead, or keep the cache and fork it.",
+        )
     lengths = cache.lengths.cpu()
     used = -(-int(lengths.max()) // PAGE_TOKENS) if lengths.numel() else 0
     holds = torch.arange(used) * PAGE_TOKENS < lengths[:, None]

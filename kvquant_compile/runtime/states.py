@@ -1,6 +1,6 @@
 """What a cache keeps beside keys and values: recurrent states, and indices of tokens.
 
-Both live in a cache of transformers' own, of which the keys and values stay empty.
+Both live in a cache as the model itself takes it, of which the keys and values stay empty.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttentionLayer
 
 from kvquant_compile.capture.kept_positions import ATTRIBUTE
+from kvquant_compile.capture.own_cache import own_states
+from kvquant_compile.capture.state import put
 
 KEYS, POSITIONS = "index", "positions"
 # Where a layer keeps the parts of an index, by the name that files give them.
@@ -44,13 +46,13 @@ def restore_index(layer: DynamicIndexedLayer, name: str, tensor: Tensor) -> None
 
 
 def recurrent_bytes(states: Cache | None) -> int:
-    """Bytes of all recurrent states."""
+    """Bytes of all states of a fixed size."""
     return sum(
         tensor.nbytes
         for layer in recurrent_layers(states)
         for tensor in (*layer.conv_states.values(), *layer.recurrent_states.values())
         if tensor is not None
-    )
+    ) + sum(tensor.nbytes for _, tensor in own_states(states))
 
 
 def index_bytes(states: Cache | None) -> int:
@@ -64,3 +66,5 @@ def select_rows(states: Cache | None, rows: Tensor) -> None:
     layers: list[Any] = [*recurrent_layers(states), *indexed_layers(states)]
     for layer in layers:
         layer.reorder_cache(rows)
+    for path, tensor in own_states(states):
+        put(states, path, tensor.index_select(0, rows.to(tensor.device)))

@@ -162,14 +162,12 @@ def _original(
     a past wrongly (``is_causal=True`` counts keys from the first), and capture went by their
     prefill.
     """
-    model: Any = captured.model
     if captured.decoder is not None:
         everything = ids if past is None else torch.cat([past, ids], 1)
         return captured.decoder.prefill(everything)[:, -ids.shape[1] :], everything
     if past is None:
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=model.config.get_text_config(decoder=True))
+        assert captured.caches is not None
+        past = captured.caches.new()
     backbone: Any = captured.backbone
     with attention_by(backbone, str(captured.evidence["reference"])):
         result = backbone(
