@@ -29,6 +29,11 @@ from kvquant_compile.runtime.program import Program
 from kvquant_compile.runtime.switched import follow_adapters
 
 _log = logger("runtime")
+# Arguments of a backbone that the program reads, or that change no hidden state.
+_READ = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache",
+    "return_dict", "cache_position", "logits_to_keep", "labels", "num_items_in_batch",
+}  # fmt: skip
 
 
 def output_type(captured: Captured) -> type | None:
@@ -84,8 +89,7 @@ def _backbone_forward(
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        given.update(given.pop("kwargs", {}))
+        given = _given(signature, args, kwargs)
         cache = given.get("past_key_values")
         reason = _why_original(backbone, state, given, cache)
         if reason is not None:
@@ -94,6 +98,7 @@ def _backbone_forward(
             return original(*args, **kwargs)
         follow_adapters(state, _tokens(given).shape[1])
         _refuse_unsupported(backbone, given)
+        _refuse_unread(backbone, signature, given)
         if cache is None and not _wants_cache(backbone, given):
             _refuse_packed(given)
         owned = cache if cache is not None else state.program.new_cache()
@@ -103,6 +108,17 @@ def _backbone_forward(
         return result if given.get("return_dict", True) is not False else result.to_tuple()
 
     return forward
+
+
+def _given(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A call's arguments by name."""
+    given = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 def _wants_cache(backbone: Any, given: dict[str, Any]) -> bool:
@@ -140,6 +156,23 @@ def _refuse_unsupported(backbone: Any, given: dict[str, Any]) -> None:
             f"{name}=True on an optimised model",
             why="the fused graph never materialises them",
             do="Call kvquant_compile.restore(model) to inspect the original.",
+        )
+
+
+def _refuse_unread(backbone: Any, signature: inspect.Signature, given: dict[str, Any]) -> None:
+    """Raise for inputs that the program does not read and the original might: encoder states,
+    token types, the features of images."""
+    for name, value in given.items():
+        known = signature.parameters.get(name)
+        read = name in _READ or (name == PER_LAYER and has_per_layer_inputs(backbone))
+        nothing = value is None or value is False or (known and value is known.default)
+        if read or nothing or name.startswith("output_"):
+            continue
+        raise OptionError(
+            f"{name} given to an optimised model",
+            where=type(backbone).__name__,
+            why="the graph was captured without it, so that it would be ignored",
+            do="Leave it out, or call kvquant_compile.restore(model) first.",
         )
 
 
