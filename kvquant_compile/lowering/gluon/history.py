@@ -56,12 +56,12 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     queries, keys = QueryEmitter(spec, memory), KeyEmitter(spec, memory)
     key_slots, value_slots = KeySlotEmitter(spec, memory), ValueSlotEmitter(spec, memory)
     values = ValueEmitter(spec, memory, value_slots)
-    level = spec.explicit < spec.key_groups  # some pairs leave a constant for every page
     _write_frame(out, spec, memory)
     visibility.load(out)
     if not spec.window:
         ring.start(out)
     queries.load(out)
+    copies.prologue(out)
     visibility.prologue(out)
     if spec.window:
         ring.start(out)
@@ -92,7 +92,7 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
         copies.wait(out, "values")
         values.load_tokens(out)
         visibility.mask(out)
-        values.softmax(out, level)
+        values.softmax(out)
         values.accumulate(out, 0)
         ring.draw(out, "1 - again")
         values.accumulate(out, 1)
@@ -131,5 +131,6 @@ def _write_frame(out: KernelWriter, spec: GluonSpec, memory: Memory) -> None:
     out.ptx("mov.u32 $0, global_smem;", ["shared"], ["split"], name="SHARED")
     text = ".reg .b32 x; mov.u32 x, %tid.x; shr.u32 x, x, 5; shfl.sync.idx.b32 $0, x, 0, 31, -1;"
     out.ptx(text, ["warp"], ["split"], name="WARP")
+    out(f"here = shared + warp * {memory.stage}")
     text = ".reg .b32 kvq_flag; mov.u32 kvq_flag, 0;"
     out.ptx(text, ["_"], ["lz"], scoped=False, name="DECLARE_FLAG")

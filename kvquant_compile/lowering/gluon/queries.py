@@ -112,8 +112,8 @@ class QueryEmitter:
             text = "cvt.rn.f16x2.f32 $0, $2, $1;"
             out.ptx(text, [name], values, kinds="ff", pure=True, name="HALVES")
             names[part] = name
-        if self.spec.rotates:
-            at = self.memory.queries + 512 * (pairs * self.spec.groups + fragment)
+        if self.spec.rotates and pairs < self.spec.explicit:  # others are scaled first
+            at = self.memory.query(pairs, fragment)
             text = "st.shared.v4.b32 [$1], {$2, $3, $4, $5};"
             words = [names[part] for part in _PARTS]
             out.ptx(text, ["_"], [f"shared + {at} + lane * 16", *words], name="STORE16")
@@ -155,11 +155,19 @@ class QueryEmitter:
         for pairs in range(self.spec.key_groups):
             load_shared(out, ["c0", "c1", "d0", "d1"], "angles + t * 16", 64 * pairs)
             for fragment in self.spec.fragments(pairs):
-                at = self.memory.queries + 512 * (pairs * self.spec.groups + fragment)
-                load_shared(out, ["y0", "y1", "y2", "y3"], "shared + lane * 16", at)
-                names = [f"q{fragment}_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
-                inputs = [*(f"y{i}" for i in range(4)), "c0", "c1", "d0", "d1"]
-                out.ptx(_TURN, names, inputs, pure=True, name="TURN")
+                self._turn(out, fragment, pairs)
+
+    def _turn(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        at = [self.memory.query(pairs, fragment)]
+        words, crossed = ["y0", "y1", "y2", "y3"], ["y2", "y3", "y0", "y1"]
+        if pairs >= self.spec.explicit:  # kept with either member's scale
+            at.append(at[0] + self.memory.query_bytes)
+            crossed = ["y4", "y5", "y6", "y7"]
+            words += crossed
+        load_shared(out, words, "shared + lane * 16", *at)
+        names = [f"q{fragment}_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
+        inputs = [*words[:4], *crossed, "c0", "c1", "d0", "d1"]
+        out.ptx(_TURN, names, inputs, pure=True, name="TURN")
 
 
 # The angle of position p in turns is p f, modulo 1, in 32-bit fixed point: exact at any position.
@@ -176,10 +184,9 @@ _ANGLE = (
     "st.shared.b32 [$2], x; st.shared.b32 [$2+8], y;"
 )
 
-_TURN = (
-    ".reg .b32 t;\n"
-    "mul.rn.f16x2 t, $6, $10; fma.rn.f16x2 $0, $4, $8, t;\n"
-    "mul.rn.f16x2 t, $7, $11; fma.rn.f16x2 $1, $5, $9, t;\n"
-    "mul.rn.f16x2 t, $4, $10; neg.f16x2 t, t; fma.rn.f16x2 $2, $6, $8, t;\n"
-    "mul.rn.f16x2 t, $5, $11; neg.f16x2 t, t; fma.rn.f16x2 $3, $7, $9, t;"
+# Words a0, a1, b0, b1 by the cosine, and their partners by the sine.
+_TURN = ".reg .b32 t;\n" + "".join(
+    f"mul.rn.f16x2 t, ${8 + i}, ${14 + i % 2};{' neg.f16x2 t, t;' * (i // 2)}"
+    f" fma.rn.f16x2 ${i}, ${4 + i}, ${12 + i % 2}, t;\n"
+    for i in range(4)
 )
