@@ -47,8 +47,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, int layer, float scaling,"
-    " float softcap, int window, bool causal, Tensor? slopes=None, Tensor? selected=None)"
-    " -> Tensor"
+    " float softcap, int window, bool causal, Tensor? slopes=None, Tensor? selected=None,"
+    " Tensor? bias=None) -> Tensor"
 )
 _LIBRARY.define(
     "stateful(Tensor[] inputs, SymInt[] shape, ScalarType dtype, int leaf, int output) -> Tensor"
@@ -99,13 +99,14 @@ def _attend(
     causal: bool,
     slopes: Tensor | None = None,
     selected: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     if is_fake(q, k, v):
         return _fake_attend(q, k, v)
     if selected is not None:
         chosen = chosen_keys(selected, k.shape[2])[:, None]
         mask = chosen if mask is None else mask & chosen
-    return exact_attention(q, k, v, mask, sinks, scaling, softcap, slopes)
+    return exact_attention(q, k, v, mask, sinks, scaling, softcap, slopes, bias)
 
 
 def _fake_append(k: Tensor, v: Tensor, layer: int, past: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from kvquant_compile.capture.ops import op_name
 
 _BOTH = ("__and__", "bitwise_and", "logical_and")
 # Places of an attend marker's arguments.
-_MASK_AT, _SLOPES_AT, _SELECTED_AT = 3, 10, 11
+_MASK_AT, _SLOPES_AT = 3, 10
 
 
 def split_selections(gm: fx.GraphModule) -> None:
@@ -30,10 +30,10 @@ def split_selections(gm: fx.GraphModule) -> None:
         for more in chosen[1:]:
             where = later(gm.graph, selected, more)
             selected = add_op(gm.graph, where, torch.ops.aten.logical_and.default, (selected, more))
-        slopes, before = (*attend.args[_SLOPES_AT:], None, None)[:2]
+        slopes, before, bias = (*attend.args[_SLOPES_AT:], None, None, None)[:3]
         if before is None:
             args = (*attend.args[:_MASK_AT], masks[0], *attend.args[_MASK_AT + 1 : _SLOPES_AT])
-            attend.args = (*args, slopes, selected)
+            attend.args = (*args, slopes, selected, bias)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 

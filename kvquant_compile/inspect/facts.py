@@ -163,7 +163,8 @@ def mask(layer: LayerReport) -> str:
     sizes = {"window": layer.window, "chunks of": layer.chunk}
     parts = [f"{name} {size}" for name, size in sizes.items() if size] or ["causal"]
     parts += [f"cap {layer.softcap:g}"] if layer.softcap else []
-    more = {"ALiBi": layer.position_bias, "chosen keys": layer.selects}
+    more = {"ALiBi": layer.position_bias, "chosen keys": layer.selects,
+            f"bias of {layer.bias_extent} distances": layer.bias_extent}  # fmt: skip
     return ", ".join(parts + [name for name, there in more.items() if there])
 
 

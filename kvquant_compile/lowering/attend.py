@@ -63,6 +63,12 @@ class Site:
     slopes: Tensor | None = None
     chunk: int = 0
     selected: Tensor | None = None
+    distance_logits: Tensor | None = None
+
+    @property
+    def biased(self) -> bool:
+        """Whether something is added to scores by the distance of their tokens."""
+        return self.slopes is not None or self.distance_logits is not None
 
 
 def attend(
@@ -83,8 +89,8 @@ def attend(
         value: [B, H, S, value_dim], the step's own values.
         slots, history: see :mod:`kvquant_compile.lowering.ops`; padding gets zeros and -inf.
         cache: the layer's cache, the step already appended.
-        site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks, and
-            which slots every query may see.
+        site: scale, softcap, window, sink logits, slopes or logits of a position bias, length of
+            chunks, and which slots every query may see.
         exact_chunk: read the step's own tokens exactly instead of from the cache.
 
     Returns:
@@ -252,10 +258,21 @@ def _bias(site: Site, slots: Tensor, places: Tensor, groups: tuple[int, int]) ->
         places: slots of the keys, [B or 1, N].
         groups: kv heads, queries per kv head.
     """
-    if site.slopes is None:
+    if not site.biased:
         return None
     distance = (places[:, None, :] - slots[..., None])[:, None, None]
+    if site.distance_logits is not None:
+        return _by_distance(site.distance_logits.unflatten(1, groups).float(), -distance)
+    assert site.slopes is not None
     return site.slopes.view(1, *groups, 1, 1) * distance
+
+
+def _by_distance(logits: Tensor, distance: Tensor) -> Tensor:
+    """logits [B, H, G, S, extent] at distances [B, 1, 1, S, N]; 0 beyond their extent."""
+    extent = logits.shape[-1]
+    near = (distance >= 0) & (distance < extent)
+    index = torch.where(near, distance, 0).long()
+    return torch.where(near, logits.gather(-1, index.expand(*logits.shape[:-1], -1)), 0.0)
 
 
 def _update(

@@ -163,7 +163,7 @@ def without_factors(end: fx.Node, known: Taint) -> fx.Node:
         if op_name(node) in CASTS and len(inputs) == 1 and inputs[0] in known.data:
             node = inputs[0]
             continue
-        factors = [i for i in inputs if _per_token(i, known) or per_channel(i, known, node)]
+        factors = [i for i in inputs if is_per_token(i, known) or per_channel(i, known, node)]
         others = [i for i in inputs if i not in factors]
         single = op_name(node) == "mul" and len(factors) == len(others) == 1
         if not single or others[0] not in known.data:
@@ -172,7 +172,8 @@ def without_factors(end: fx.Node, known: Taint) -> fx.Node:
     return found
 
 
-def _per_token(node: fx.Node, known: Taint) -> bool:
+def is_per_token(node: fx.Node, known: Taint) -> bool:
+    """Whether a node is a table of one number for every token."""
     return node in known.tables and float_value(node).shape[-1] == 1
 
 

@@ -12,8 +12,8 @@ from tests.zoo import tiny, tokens, unproved
 
 TEXT = tokens(4, 64, seed=7)
 FIELDS = {"index", "kv_heads", "query_heads", "key_dim", "value_dim", "rope", "proof", "source",
-          "window", "softcap", "chunk", "position_bias", "selects", "key_bits", "value_bits",
-          "slots", "effective_bits",
+          "window", "softcap", "chunk", "position_bias", "selects", "bias_extent", "key_bits",
+          "value_bits", "slots", "effective_bits",
           "bytes_per_token", "reference_bytes", "kernel", "refusal", "certificate", "recipe",
           "implementation", "exact_bytes", "fallback", "sites", "plan"}  # fmt: skip
 
