@@ -152,8 +152,9 @@ def _outputs(original: Original, talks: Sequence[_Talk], disturb: Disturb) -> li
 
 
 def _contradiction(original: Original, talks: Sequence[_Talk], limit: float) -> str:
-    """Whether the original itself gives other results step by step than at once."""
-    for talk in talks:
+    """In which step the original itself gives other results than at once, padded if only then."""
+    plain = [replace(talk, padded=False) for talk in talks if talk.padded]
+    for talk in [*plain, *talks]:
         whole = replace(talk, calls=(sum(talk.calls),))
         steps = _outputs(original, [talk], lambda hidden: hidden)
         (once,) = _outputs(original, [whole], lambda hidden: hidden)
@@ -162,12 +163,14 @@ def _contradiction(original: Original, talks: Sequence[_Talk], limit: float) -> 
         places[real] = torch.arange(len(once), device=real.device)
         parts = places.split(talk.calls, 1)
         kept = real.split(talk.calls, 1)
-        for part, those, got in zip(parts, kept, steps, strict=True):
+        for i, (part, those, got) in enumerate(zip(parts, kept, steps, strict=True)):
             error = relative_error(got, once[part[those]])
             if not error <= max(limit, 1e-3):
-                return (f"the original contradicts itself: tokens given in steps of {talk.calls}"
-                        f" have other results than given at once (relative error {error:.1e}), so"
-                        " what it attends to, or keeps, is not what its cache holds")  # fmt: skip
+                kind = "in a left-padded batch" if talk.padded else "without padding"
+                return (f"the original contradicts itself: {kind}, {talk.calls[i]} tokens after"
+                        f" {sum(talk.calls[:i])} have other results than all given at once"
+                        f" (relative error {error:.1e}), so what it attends to, or keeps, is not"
+                        " what its cache holds")  # fmt: skip
     return ""
 
 
