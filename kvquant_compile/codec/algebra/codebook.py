@@ -17,8 +17,8 @@ _DEVICE_ROWS = 1 << 14  # and these keep a GPU busy, in 268 MB
 def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Indices int32 [...] of the nearest entries [C, d] to vectors [..., d]; NaN gets one too.
 
-    On a GPU in float64: the rounding of its products depends on how many rows they have, and a token
-    must get the same code however tokens come.
+    On a GPU in float64: the rounding of its products depends on how many rows they have, and a
+    token must get the same code however tokens come.
     """
     flat, rows = vectors.flatten(0, -2), _ROWS
     if flat.device.type != "cpu":

@@ -57,11 +57,11 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     key_slots, value_slots = KeySlotEmitter(spec, memory), ValueSlotEmitter(spec, memory)
     values = ValueEmitter(spec, memory, value_slots)
     _write_frame(out, spec, memory)
+    copies.prologue(out)
     visibility.load(out)
     if not spec.window:
         ring.start(out)
     queries.load(out)
-    copies.prologue(out)
     visibility.prologue(out)
     if spec.window:
         ring.start(out)
