@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.capture.embedding import PER_LAYER, embedded, has_per_layer_inputs
+from kvquant_compile.capture.embedding import embedded, extra_inputs
 from kvquant_compile.errors import OptionError, UnsupportedModelError
 from kvquant_compile.logs import logger
 from kvquant_compile.runtime.cache import QuantizedCache
@@ -162,9 +162,10 @@ def _refuse_unsupported(backbone: Any, given: dict[str, Any]) -> None:
 def _refuse_unread(backbone: Any, signature: inspect.Signature, given: dict[str, Any]) -> None:
     """Raise for inputs that the program does not read and the original might: encoder states,
     token types, the features of images."""
+    also = extra_inputs(backbone)
     for name, value in given.items():
         known = signature.parameters.get(name)
-        read = name in _READ or (name == PER_LAYER and has_per_layer_inputs(backbone))
+        read = name in _READ or name in also
         nothing = value is None or value is False or (known and value is known.default)
         if read or nothing or name.startswith("output_"):
             continue
@@ -219,14 +220,14 @@ def _fed(backbone: Any, given: dict[str, Any], span: slice) -> dict[str, Tensor]
     if given.get("inputs_embeds") is None:
         return embedded(backbone, given["input_ids"][:, span])
     fed = {"hidden": given["inputs_embeds"][:, span]}
-    if has_per_layer_inputs(backbone):
-        if given.get(PER_LAYER) is None:
+    for name in extra_inputs(backbone):
+        if given.get(name) is None:
             raise OptionError(
-                f"inputs_embeds without {PER_LAYER} on an optimised model",
-                why="every layer is fed an embedding of the token beside the hidden state",
+                f"inputs_embeds without {name} on an optimised model",
+                why="layers are fed more of a token than its embedding",
                 do="Pass input_ids, or both.",
             )
-        fed[PER_LAYER] = given[PER_LAYER][:, span]
+        fed[name] = given[name][:, span]
     return fed
 
 
