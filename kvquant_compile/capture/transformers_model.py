@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+from kvquant_compile.capture.attribute_states import attribute_states, marks
 from kvquant_compile.capture.audit import audit_firings, audit_graph
 from kvquant_compile.capture.backbone import find_backbone, refuse_by_config
 from kvquant_compile.capture.cache_inputs import mark_appends
@@ -111,6 +112,7 @@ def capture_transformers(model: PreTrainedModel, observer: Observer = SILENT) ->
         audit_graph(gm.graph, seen)
         original = Original(backbone, parameter, kind)
         evidence = self_check(gm, original, seen, mask_optional=optional)
+        kind.forget()
     return Captured(
         gm, "transformers", model, backbone, parameter.device, parameter.dtype, optional,
         caches=kind, evidence=evidence,
@@ -140,7 +142,7 @@ def _eager_run(
     Fewer attentions than appends tell that the model attends in code of its own. A model that
     does not run with transformers' own cache is run with that of its own class.
     """
-    seen = Firings()
+    seen, before = Firings(), marks(backbone)
     try:
         with markers_in(model, seen), watching(backbone, seen.watch):
             flat = _Flat(backbone, kind, seen)
@@ -157,7 +159,9 @@ def _eager_run(
             raise not_running(model, error) from error
         return _eager_run(model, backbone, like, replace(kind, own=own))
     audit_firings(type(model).__name__, seen)
-    return seen, kind
+    states = attribute_states(backbone, like, before)
+    seen.watch.users |= {state.owner: None for state in states}
+    return seen, replace(kind, attributes=states)
 
 
 def _export(

@@ -7,6 +7,7 @@ parameters, state dict and every other method stay the user's own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -42,7 +43,10 @@ def output_type(captured: Captured) -> type | None:
         return None
     ids = torch.zeros(1, 1, dtype=torch.int64, device=captured.device)
     with torch.no_grad():
-        return type(captured.backbone(input_ids=ids, use_cache=False))
+        found = type(captured.backbone(input_ids=ids, use_cache=False))
+    if captured.caches is not None:
+        captured.caches.forget()
+    return found
 
 
 def install(model: nn.Module, state: Installed, output_type: type | None) -> None:
@@ -86,6 +90,7 @@ def _backbone_forward(
 ) -> Callable[..., Any]:
     original = backbone.forward
     signature = inspect.signature(original)
+    has_cache = "past_key_values" in {part.name for part in dataclasses.fields(output_type)}
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -103,8 +108,9 @@ def _backbone_forward(
             _refuse_packed(given)
         owned = cache if cache is not None else state.program.new_cache()
         hidden = _run_backbone(backbone, state, given, owned)
-        keep = cache is not None or _wants_cache(backbone, given)
-        result = output_type(last_hidden_state=hidden, past_key_values=owned if keep else None)
+        result = output_type(last_hidden_state=hidden)
+        if has_cache and (cache is not None or _wants_cache(backbone, given)):
+            result.past_key_values = owned
         return result if given.get("return_dict", True) is not False else result.to_tuple()
 
     return forward

@@ -11,8 +11,6 @@ import kvquant_compile
 from kvquant_compile.capture import capture
 from kvquant_compile.capture.embedding import extra_inputs
 from kvquant_compile.errors import OptionError
-from kvquant_compile.passes.recognise import recognise
-from kvquant_compile.runtime.validate import validate_lossless
 from tests import zoo
 from tests.survey.case import _generate
 from tests.survey.own import OWN
@@ -35,7 +33,6 @@ def test_token_ids_are_an_input_of_the_graph(model):
     captured = capture(model)
     assert extra_inputs(captured.backbone) == ("ple_input_ids",)
     assert captured.placeholder("ple_input_ids") in captured.data_inputs
-    assert max(validate_lossless(captured, recognise(captured)).values()) < 1e-5
 
 
 def test_generation_embeds_groups_across_steps(model):
