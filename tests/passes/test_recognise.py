@@ -159,7 +159,8 @@ def test_positions_may_be_columns_where_a_graph_takes_no_others():
     try:
         captured = capture(build("roformer"))
     except UnsupportedModelError as error:
-        assert "contradicts itself" in str(error)
+        if "contradicts itself" not in str(error):
+            raise
         pytest.skip("in these transformers, steps of RoFormer differ from all tokens at once")
     layers = recognise(captured)
     assert {layer.plan.rope.pairing for layer in layers} == {"interleaved"}
