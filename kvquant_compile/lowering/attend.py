@@ -9,7 +9,7 @@ All arithmetic is float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,16 @@ from kvquant_compile.codec.order import reorder
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.lowering import blocks
 from kvquant_compile.lowering.flash import history_by_flash, own_by_flash
+from kvquant_compile.lowering.masks import (
+    both,
+    left_to_pages,
+    places_of,
+    same_chunk,
+    visible_slots,
+)
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.lowering.read import read_keys, read_values
+from kvquant_compile.lowering.recent import put_exact
 from kvquant_compile.lowering.softmax import OnlineSoftmax
 
 BLOCK_PAGES = 64
@@ -50,6 +58,13 @@ class CacheView:
     def storage(self) -> Layout:
         """The page layout, of either kind."""
         return parse_layout(self.format)
+
+    @property
+    def recent(self) -> int:
+        """Last tokens, seen from any query, that are exact; of a recipe none, whose tail is that of
+        the whole sequence."""
+        layout = self.storage
+        return layout.ring if isinstance(layout, PageLayout) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +100,8 @@ def attend(
         cache: the layer's cache, the step already appended.
         site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks, and
             which slots every query may see.
-        exact_chunk: read the step's own tokens exactly instead of from the cache.
+        exact_chunk: read the step's own tokens exactly instead of from the cache, whose last
+            tokens (:attr:`CacheView.recent`) are exact for every query by itself.
 
     Returns:
         output [B, S, Hq, value_dim] in the query's dtype, and the log-sum-exp of the scores
@@ -93,6 +109,7 @@ def attend(
     """
     stored = torch.maximum(history, slots.amax(1) + 1)
     limit = history if exact_chunk else stored
+    recent = 0 if exact_chunk else cache.recent
     own = own_by_flash(query, key, value, slots, site) if exact_chunk else None
     if own is not None and site.sink_logits is None and not int(limit.max()):
         return own[0].transpose(1, 2).to(query.dtype).contiguous(), own[1]
@@ -104,22 +121,27 @@ def attend(
     for first, keys, values in _blocks(cache, slots, limit, stored, site.window, query):
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
-        visible = _visible(slots, first, hidden, limit, site.window, site.chunk)
+        visible = visible_slots(slots, first, hidden, limit, site.window, site.chunk)
         if site.selected is not None:
-            chosen = site.selected[:, :, places]
-            visible = chosen if visible is None else visible & chosen
+            visible = both(visible, site.selected[:, :, places])
+        if recent:
+            visible = both(visible, left_to_pages(slots, places_of(first, keys), history, recent))
         if (
             visible is None
             and not lossless
             and history_by_flash(state, ordered, keys, values, site)
         ):
             continue
-        bias = _bias(site, slots, _places(first, keys), groups)
+        bias = _bias(site, slots, places_of(first, keys), groups)
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
         state.merge(slice(None), *(x.unflatten(1, groups) for x in own))
     elif exact_chunk:
         _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
+    elif recent:
+        near = replace(site, window=min(recent, site.window or recent))
+        turned = reorder(key, cache.geometry[1])
+        _attend_own(state, grouped, turned, value, slots, near, block=QUERY_TILE)
     output, lse = state.result(site.sink_logits)
     return (
         output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous(),
@@ -169,11 +191,9 @@ def read_block(
     else:
         tables = LayerTables(*cache.tables)
         keys, values = read_keys(layout, raw, tables), read_values(layout, raw, tables)
-    exact = cache.sinks.shape[2] if page == 0 else 0
-    if exact:
-        width = keys.shape[-1]
-        keys[:, :, :exact] = cache.sinks[..., :width]
-        values[:, :, :exact] = cache.sinks[..., width:]
+    if layout.exact_rows:
+        first = page * PAGE_TOKENS
+        put_exact(keys, values, cache.sinks, first, layout.sink_tokens, layout.ring)
     return keys, values
 
 
@@ -193,42 +213,24 @@ def rotate(keys: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def _visible(
-    slots: Tensor, first: int, hidden: Tensor, limit: Tensor, window: int, chunk: int
-) -> Tensor | None:
-    """Which of the slots ``first ..`` each query sees: bool [B, S, count]; None when all do.
-
-    ``hidden`` [B, count] are slots that nobody sees.
-    """
-    count = hidden.shape[1]
-    place = torch.arange(first, first + count, device=slots.device)
-    low, high = int(slots.min()), int(limit.min())
-    whole = low >= first + count - 1 and high >= first + count and not window and not chunk
-    if whole and not bool(hidden.any()):
-        return None
-    seen = (place <= slots[..., None]) & (place < limit[:, None, None]) & ~hidden[:, None]
-    if chunk:
-        seen = seen & _same_chunk(slots[..., None], place, chunk)
-    return seen & (place > slots[..., None] - window) if window else seen
-
-
-def _same_chunk(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
-    return queries.div(chunk, rounding_mode="floor") == keys.div(chunk, rounding_mode="floor")
-
-
 def _attend_own(
-    state: OnlineSoftmax, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
+    state: OnlineSoftmax,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    site: Site,
+    block: int = BLOCK_PAGES * PAGE_TOKENS,
 ) -> None:
-    """The step's own tokens, exact, causal by column."""
+    """The step's own tokens, exact, causal by column; so many keys at a time."""
     steps = torch.arange(slots.shape[1], device=slots.device)
-    block = BLOCK_PAGES * PAGE_TOKENS
     for start in range(0, slots.shape[1], block):
         own = slots[:, start : start + block]
         seen = (steps[start : start + block] <= steps[:, None]) & (own >= 0)[:, None]
         if site.window:
             seen = seen & (own[:, None] > slots[..., None] - site.window)
         if site.chunk:
-            seen = seen & _same_chunk(slots[..., None], own[:, None], site.chunk)
+            seen = seen & same_chunk(slots[..., None], own[:, None], site.chunk)
         if site.selected is not None:
             places = own.clamp(min=0).long()[:, None].expand(-1, slots.shape[1], -1)
             seen = seen & site.selected.gather(2, places)
@@ -236,11 +238,6 @@ def _attend_own(
         keys, values = key[:, :, tile].float(), value[:, :, tile].float()
         bias = _bias(site, slots, own, (query.shape[1], query.shape[2]))
         _update(state, query, keys, values, seen, site.softcap, bias, first_query=start)
-
-
-def _places(first: int, keys: Tensor) -> Tensor:
-    """Slots of a block's keys, [1, N]."""
-    return torch.arange(first, first + keys.shape[2], device=keys.device)[None]
 
 
 def _bias(site: Site, slots: Tensor, places: Tensor, groups: tuple[int, int]) -> Tensor | None:

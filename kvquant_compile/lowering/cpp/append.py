@@ -15,12 +15,12 @@ from kvquant_compile.codec.keys import channel_importance
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.order import reorder
 from kvquant_compile.codec.spec import LayerTables
-from kvquant_compile.lowering.append import store_sinks
 from kvquant_compile.lowering.cpp.build import CompilationError, build
 from kvquant_compile.lowering.cpp.constants import repeated
 from kvquant_compile.lowering.cpp.pool import parallel_address
 from kvquant_compile.lowering.cpp.source import append_source
 from kvquant_compile.lowering.cpp.spec import format_name, static_layout
+from kvquant_compile.lowering.recent import keep_exact
 from kvquant_compile.lowering.remembered import Remembered
 
 _INTEGERS = ("batch", "heads", "steps", "value_dim", "table_row", "slabs", "threads")
@@ -120,5 +120,6 @@ def append(
         parallel=parallel_address(),
     )  # fmt: skip
     run(ctypes.byref(arguments))
-    if int(slots.min()) < sinks.shape[2]:
-        store_sinks(sinks, torch.cat([ordered, value.to(key.dtype)], -1), slots)
+    if int(slots.min()) < layout.sink_tokens:
+        tokens = torch.cat([ordered, value.to(key.dtype)], -1)
+        keep_exact(sinks, tokens, slots, layout.sink_tokens, 0)

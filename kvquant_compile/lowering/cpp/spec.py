@@ -91,4 +91,6 @@ def unsupported(layout: Layout) -> str:
         return f"recipe {layout.recipe.name} is read by the torch path"
     if layout.lossless:
         return "lossless pages are read by the torch path"
+    if layout.ring:
+        return "exact recent tokens are read by the torch path"
     return ""

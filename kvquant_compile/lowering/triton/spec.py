@@ -69,6 +69,8 @@ def unsupported(layout: Layout) -> str:
         return f"recipe {layout.recipe.name} is read by the torch path"
     if layout.lossless:
         return "lossless pages are read by the torch path"
+    if layout.ring:
+        return "exact recent tokens are read by the torch path"
     widest = max(layout.key_dim, layout.value_dim)
     if widest > 256:
         return f"{widest} channels a head; kernels are generated up to 256"
