@@ -32,7 +32,7 @@ def keep_exact(sinks: Tensor, tokens: Tensor, slots: Tensor, leading: int, ring:
         return
     end = slots.amax(1).long() + 1
     start = end - (slots >= 0).sum(1)
-    row, step = (slots >= (end[:, None] - ring).clamp_min(0)).nonzero(as_tuple=True)
+    row, step = (slots >= (end[:, None] - ring).clamp_min(leading)).nonzero(as_tuple=True)
     line = leading + slots[row, step].long() % ring
     sinks[row, :, line] = tokens[row, :, step].to(sinks.dtype)
     low, before = ring_span(sinks)

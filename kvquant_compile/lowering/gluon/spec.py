@@ -104,6 +104,8 @@ def unsupported(layout: PageLayout) -> str:
     s = layout.spec
     if max(s.key_bits, s.value_bits) > 4:
         return f"codes of {max(s.key_bits, s.value_bits)} bits; this back end looks up 1 to 4"
+    if layout.ring:
+        return "exact recent tokens; the portable kernel reads them"
     if padded(layout.key_dim) % 32 or layout.value_dim % 32:
         return f"heads of {layout.key_dim}/{layout.value_dim} channels; it takes multiples of 32"
     if max(layout.key_dim, layout.value_dim) > 256:
