@@ -63,6 +63,11 @@ class GluonSpec:
         return 16 * self.key_groups
 
     @property
+    def exact_rows(self) -> str:
+        """Rows of a head's exact tokens, in the kernel's words."""
+        return f"(SINKS + {self.layout.ring + 1})" if self.layout.ring else "SINKS"
+
+    @property
     def columns(self) -> int:
         """Query columns of a program."""
         return COLUMN_GROUP * self.groups
@@ -88,7 +93,7 @@ class GluonSpec:
                 ("_scaled", s.key_token_scale), ("_cap", self.softcap),
                 ("_window", self.window), ("_order", self.reorder),
                 ("_stretched", self.stretched), ("_static", not self.dynamic),
-                ("_lanes", not self.bulk),
+                ("_lanes", not self.bulk), (f"_recent{s.recent_tokens}", s.recent_tokens),
             )
             if on
         )  # fmt: skip
@@ -104,8 +109,6 @@ def unsupported(layout: PageLayout) -> str:
     s = layout.spec
     if max(s.key_bits, s.value_bits) > 4:
         return f"codes of {max(s.key_bits, s.value_bits)} bits; this back end looks up 1 to 4"
-    if layout.ring:
-        return "exact recent tokens; the portable kernel reads them"
     if padded(layout.key_dim) % 32 or layout.value_dim % 32:
         return f"heads of {layout.key_dim}/{layout.value_dim} channels; it takes multiples of 32"
     if max(layout.key_dim, layout.value_dim) > 256:

@@ -58,6 +58,36 @@ def _stored_scores(
 
 
 @triton.jit
+def _absorb_ring(
+    peak, mass, total, rows, base, positions, slot, oldest, stored, query_order, turns, rope_scale,
+    scale, softcap, window,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr, PAIRS: tl.constexpr,
+    PAIRS_POW2: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Add the exact tokens ``oldest .. stored - 1`` of the ring, sixteen at a time."""
+    width: tl.constexpr = 2 * PAIRS + VALUE_DIM
+    pair, v = tl.arange(0, PAIRS_POW2), tl.arange(0, VALUE_POW2)
+    for begin in range(oldest, stored, 16):
+        n = begin + tl.arange(0, 16)
+        seen = (n < stored) & (n <= slot)
+        if WINDOW:
+            seen &= n > slot - window
+        line = exact_line(n, SINKS, RING)
+        place = tl.load(positions + n, mask=seen, other=-1)
+        x = _stored_scores(
+            rows, base, line, seen, place, pair, query_order, turns, rope_scale, DIM, PAIRS, width,
+            ORDER, ROPE, NATIVE,
+        )  # fmt: skip
+        x = tl.where(seen & (place >= 0), _capped(x * scale, softcap, CAP), float("-inf"))
+        values = base + line[:, None] * width + 2 * PAIRS + v[None, :]
+        inside = seen[:, None] & (v < VALUE_DIM)[None, :]
+        values = tl.load(values, mask=inside, other=0.0).to(tl.float32)
+        peak, mass, total = _absorb(peak, mass, total, x, values)
+    return peak, mass, total
+
+
+@triton.jit
 def merge_kernel(
     partial, partial_lse, query, key, value, slots, positions, history, sinks, sink_logits,
     query_order, turns, rope_scale, output, output_lse,
@@ -120,23 +150,13 @@ def merge_kernel(
         peak, mass, total = _absorb(peak, mass, total, x, exact)
 
     if RING > 0:
-        stored = tl.load(history + row)
         oldest = tl.maximum(tl.load(ring_state(sinks, row, heads, SINKS, RING, width)), SINKS)
-        for begin in range(oldest, stored, 16):
-            n = begin + tl.arange(0, 16)
-            seen = (n < stored) & (n <= slot)
-            if WINDOW:
-                seen &= n > slot - window
-            line = exact_line(n, SINKS, RING)
-            place = tl.load(positions + row * position_row + n, mask=seen, other=-1)
-            x = _stored_scores(
-                rows, base, line, seen, place, tl.arange(0, PAIRS_POW2), query_order, turns,
-                rope_scale, DIM, PAIRS, width, ORDER, ROPE, NATIVE,
-            )  # fmt: skip
-            x = tl.where(seen & (place >= 0), _capped(x * scale, softcap, CAP), float("-inf"))
-            exact = base + line[:, None] * width + 2 * PAIRS + v[None, :]
-            exact = tl.load(exact, mask=seen[:, None] & wide, other=0.0).to(tl.float32)
-            peak, mass, total = _absorb(peak, mass, total, x, exact)
+        peak, mass, total = _absorb_ring(
+            peak, mass, total, rows, base, positions + row * position_row, slot, oldest,
+            tl.load(history + row), query_order, turns, rope_scale, scale, softcap, window,
+            DIM, VALUE_DIM, VALUE_POW2, PAIRS, PAIRS_POW2, SINKS, RING, CAP, WINDOW, ORDER, ROPE,
+            NATIVE,
+        )  # fmt: skip
 
     if OWN > 0:
         n = tl.arange(0, OWN)
