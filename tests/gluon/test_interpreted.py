@@ -58,8 +58,8 @@ SMALL = {
     "peaked": replace(NARROW, sharpness=16.0, lengths=(150,)),
     "recent": replace(NARROW, spec=RECENT, lengths=(150, 0, 7), steps=3, rep=2, hidden=0),
     "recent, cropped, window, soft-cap": replace(
-        HALF_LINEAR, spec=replace(RECENT, sink_tokens=3), lengths=(70, 10), cropped=6, window=20, hidden=3,
-        softcap=1.5, rep=1
+        HALF_LINEAR, spec=replace(RECENT, sink_tokens=3), lengths=(70, 10), cropped=6, window=20,
+        hidden=3, softcap=1.5, rep=1
     ),
     "recent, all cropped, no RoPE, padding": replace(
         NARROW, spec=RECENT, rope=None, cropped=16, lengths=(66,), steps=4, padding=1, rep=1

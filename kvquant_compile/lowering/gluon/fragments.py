@@ -144,6 +144,9 @@ def warp_sync(out: KernelWriter) -> None:
     out.ptx("bar.warp.sync -1;", ["_"], ["lz"], name="WARP_SYNC")
 
 
+ALL_LANES = (1, 2, 4, 8, 16)
+
+
 def reduce_lanes(
     out: KernelWriter,
     name: str,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.gluon.fragments import reduce_lanes
-from kvquant_compile.lowering.gluon.recent import ALL_LANES, RecentEmitter
+from kvquant_compile.lowering.gluon.fragments import ALL_LANES, reduce_lanes
+from kvquant_compile.lowering.gluon.recent import RecentEmitter
 from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.visibility import HIDDEN, NOTHING
 from kvquant_compile.lowering.gluon.writer import KernelWriter, approximate

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.gluon.fragments import reduce_lanes
+from kvquant_compile.lowering.gluon.fragments import ALL_LANES, reduce_lanes
 from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.visibility import HIDDEN
 from kvquant_compile.lowering.gluon.writer import KernelWriter, approximate
 
-ALL_LANES = (1, 2, 4, 8, 16)
 AT_ONCE = 4
 """Tokens whose loads are under way together."""
 
