@@ -1,4 +1,4 @@
-"""Rewrites the tables of speed from docs/results; nothing in them is typed by hand.
+"""Rewrites the measured tables from docs/results; nothing in them is typed by hand.
 
     python -m benchmarks.report            # rewrite
     python -m benchmarks.report --check    # exit with 1 where a table is not what the JSON says
@@ -13,23 +13,17 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from benchmarks import accuracy_tables
+from benchmarks.markdown import Record, markdown
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 RESULTS = ROOT / "docs" / "results"
 PEERS = ("cudnn bf16", "flash bf16", "flex bf16")
 MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-Record = dict[str, Any]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others numbers."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(r) + " |" for r in (head, rule, *rows))
 
 
 def origin(record: Record) -> str:
@@ -172,6 +166,10 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "prefill": prefill,
     "compile": compiling,
     "chunks": chunks,
+    "pareto": accuracy_tables.pareto,
+    "method": accuracy_tables.method,
+    "calibrations": accuracy_tables.calibrations,
+    "calibrating": accuracy_tables.calibrating,
 }
 
 

@@ -28,6 +28,7 @@ from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import choose, stored_layers
+from kvquant_compile.runtime.adapters import unwrapped
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import PREFILL_CHUNK, check_chunk
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
@@ -71,8 +72,8 @@ def optimize(
     Its class, config, parameters and state dict stay as they are.
 
     Args:
-        model: a transformers causal LM, or an ``nn.Module`` of one of three calling conventions
-            (see ``example_inputs``).
+        model: a transformers causal LM, PEFT's wrapper of one, or an ``nn.Module`` of one of three
+            calling conventions (see ``example_inputs``).
         bits: width of keys and values, 1..8, or 16 for lossless storage; a pair
             (key_bits, value_bits); or cache layer -> either. None: 3, the recipe's own, or the
             artifact's. A fraction (2.5), or "auto" with a ``budget``: every layer's keys and
@@ -124,6 +125,7 @@ def optimize(
     """
     options_given = dict(locals())  # before anything else is bound
     refuse_optimised(model)
+    network = unwrapped(model)
     if context is not None or memory is not None:
         for name in ("model", "context", "memory", "batch"):
             del options_given[name]
@@ -147,7 +149,7 @@ def optimize(
         Progress(progress) as bar,
     ):
         bar.stage("capture")
-        captured = capture(model, example_inputs, observer)
+        captured = capture(network, example_inputs, observer)
         bar.stage("recognise and prove")
         layers = recognise(captured, observer)
         specs = choice.formats([layer.plan.index for layer in layers])
@@ -173,7 +175,7 @@ def optimize(
         state = Installed(program, captured, layers, given, report, attend_quantized)
         state.cuda_graphs, state.prefill_chunk = cuda_graphs, prefill_chunk
         observer.finished(state)
-    install(model, state, output_type(captured))
+    install(network, state, output_type(captured))
     return model
 
 
@@ -191,11 +193,12 @@ def sample_calibration(
     Raises:
         KVQuantError: the model cannot be captured or sampled from.
     """
-    state = model.__dict__.get(ATTRIBUTE)
+    network = unwrapped(model)
+    state = network.__dict__.get(ATTRIBUTE)
     settings = WindowSettings(windows, tokens, seed)
     with evaluation_mode(model):
         if state is None:
-            return sample_windows(capture(model), settings)
+            return sample_windows(capture(network), settings)
         state.quiet = True
         try:
             return sample_windows(state.captured, settings)

@@ -44,6 +44,9 @@ def evaluate(
     ] = "4,3,2",
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Use only the first windows.")] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Windows of one pass: several are faster on a GPU.")
+    ] = 1,
     calibration: Annotated[
         Path | None, typer.Option(help="Text file; default: the model samples its own text.")
     ] = None,
@@ -88,7 +91,7 @@ def evaluate(
     network, tokenizer = load_model(model, dtype)
     network.to(device)
     with Progress() as bar:
-        lab = Lab(network, tokenizer, scored, window, limit, data, options, known, bar)
+        lab = Lab(network, tokenizer, scored, window, limit, data, options, known, bar, batch)
         rows = lab.scores(points)
         tables = _sections(lab, points, wanted)
     title = f"{model}: {text.name}, {len(lab.windows)} windows of {window}"

@@ -76,6 +76,9 @@ class AttendPlan:
         position_bias: whether scores of head h change by ``slope[h] * (key's place - query's)``
             (ALiBi).
         selects: whether every query attends to some keys only, chosen by data (sparse attention).
+        query_sinks: whether every query computes a logit per head that joins the softmax.
+        bias_extent: every query computes a bias per head for keys that are fewer than so many
+            tokens before it; 0 if it computes none.
     """
 
     query_heads: int
@@ -86,6 +89,8 @@ class AttendPlan:
     position_bias: bool = False
     chunk: int = 0
     selects: bool = False
+    query_sinks: bool = False
+    bias_extent: int = 0
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,14 @@ def tiny(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
     return randomise(model, seed).eval()
 
 
+def unproved(**overrides: Any) -> PreTrainedModel:
+    """A model with a layer norm behind its keys' RoPE, which cannot be stored before it."""
+    model = tiny("hunyuan_v1_dense", **overrides)
+    for layer in model.model.layers:
+        layer.self_attn.key_layernorm = nn.LayerNorm(layer.self_attn.head_dim)
+    return model
+
+
 def randomise(model: Any, seed: int = 0) -> Any:
     """Perturb every parameter in place; deterministic for a seed."""
     generator = torch.Generator().manual_seed(seed)

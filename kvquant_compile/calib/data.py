@@ -141,9 +141,8 @@ def _sample(captured: Captured, ids: Tensor, tokens: int) -> Tensor:
     model: Any = captured.model
     past: Any = None
     if captured.decoder is None:
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=model.config.get_text_config(decoder=True))
+        assert captured.caches is not None
+        past = captured.caches.new()
     else:
         with captured.decoder.undisturbed():
             tokens = captured.decoder.longest(tokens)

@@ -24,19 +24,23 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(_config(model), sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = _plain(parameter).reshape(-1)
-        if flat.numel():
-            places = _places(flat.numel())
-            digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
+        for part in _plain(parameter):
+            flat = part.reshape(-1)
+            if flat.numel():
+                places = _places(flat.numel())
+                digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _plain(parameter: nn.Parameter) -> torch.Tensor:
-    """The weight; what a quantised one stands for."""
-    value = parameter.detach()
+def _plain(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """The weight; what a quantised one stands for, or where it does not tell, is made of."""
+    value: Any = parameter.detach()
     if type(value) is torch.Tensor or not hasattr(value, "dequantize"):
-        return value
-    return value.dequantize()
+        return [value]
+    try:
+        return [value.dequantize()]
+    except NotImplementedError:
+        return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def inlier_levels(x: Tensor, gradient: Tensor | None, bits: int) -> Tensor:
     """K-means levels float32 [2**bits] of the elements within [-1, 1], weighted by squared
     gradients."""
     inside = x.abs() <= 1
-    weight = None if gradient is None else gradient.square()[inside]
+    weight = None if gradient is None else gradient.float().square()[inside]
     return lloyd_levels(x[inside], weight, 2**bits, (-1.0, 1.0))
 
 

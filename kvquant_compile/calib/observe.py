@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from kvquant_compile.calib.gradients import loss_gradients
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.embedding import embedded
 from kvquant_compile.capture.leaves import STATES
@@ -26,7 +27,10 @@ from kvquant_compile.plan import RopeSpec
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """One layer's calibration tokens (N tokens, H kv heads), float32.
+    """One layer's calibration tokens (N tokens, H kv heads).
+
+    They stay in the model's dtype, in which they are exact: of a model of 7 billion parameters
+    the default calibration keeps 34 GB in bfloat16, and would keep 69 GB in float32.
 
     Attributes:
         keys: [H, N, key_dim], before RoPE where the plan stores them so.
@@ -49,14 +53,15 @@ class Observed:
 
 
 def behind_rope(seen: Observed, rope: RopeSpec) -> Observed:
-    """The same tokens with their keys rotated, as they are attended; without gradients."""
+    """The same tokens with their keys rotated in float32, as they are attended; without
+    gradients."""
     first, second = torch.tensor(rope.in_pairs).unbind(1)
     to_first, to_second = torch.tensor(rope.out_pairs).unbind(1)
     frequency = torch.tensor(rope.frequencies, device=seen.keys.device)
     angle = seen.places[:, None].float() * frequency
     cos, sin = angle.cos() * rope.scale, angle.sin() * rope.scale
-    a, b = seen.keys[..., first], seen.keys[..., second]
-    keys = torch.empty_like(seen.keys)
+    keys = seen.keys.to(torch.float32, copy=True)
+    a, b = keys[..., first], keys[..., second]
     keys[..., to_first], keys[..., to_second] = a * cos - b * sin, a * sin + b * cos
     for source, target in rope.passthrough:
         keys[..., target] = seen.keys[..., source]
@@ -107,7 +112,10 @@ def observe(
                 part.append(values)
             places.append(torch.arange(ids.shape[1]).repeat(ids.shape[0]))
     where = torch.cat(places)
-    return {layer.plan.index: _join(part, where) for layer, part in zip(layers, parts, strict=True)}
+    joined = {}
+    for layer in layers:
+        joined[layer.plan.index] = _join(parts.pop(0), where)  # frees a layer's windows
+    return joined
 
 
 def _stored(layer: MatchedLayer) -> tuple[HeadView, HeadView]:
@@ -128,7 +136,7 @@ def _one_batch(
             loss = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
             )
-            columns.append(_columns(views, torch.autograd.grad(loss, found)))
+            columns.append(_columns(views, loss_gradients(loss, found)))
     layers = range(0, len(views), 2)
     return [tuple(x for column in columns for x in column[i : i + 2]) for i in layers]
 
@@ -208,8 +216,9 @@ def _frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[B, H, S, D] -> float32 [H, B * S, D] on the CPU's or the model's device."""
-    return x.detach().float().transpose(0, 1).flatten(1, 2)
+    """[B, H, S, D] -> [H, B * S, D], a copy: views would keep fused projections in memory."""
+    tokens = x.detach().transpose(0, 1).flatten(1, 2)
+    return tokens.clone(memory_format=torch.contiguous_format)
 
 
 def _join(parts: list[tuple[Tensor, ...]], places: Tensor) -> Observed:

@@ -6,11 +6,12 @@ Tested with transformers 5.16 to 5.23.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import (
+    DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -23,6 +24,7 @@ from kvquant_compile.capture.failures import definition_line
 from kvquant_compile.capture.leaves import Watch, WatchedCache
 from kvquant_compile.capture.markers import APPEND
 from kvquant_compile.capture.mask_kind import MaskKind
+from kvquant_compile.capture.own_cache import CacheKind, noting
 from kvquant_compile.errors import UnsupportedModelError
 
 # Layers without keys and values of their own; transformers before 5.20 has no DummyLayer.
@@ -46,6 +48,7 @@ class Firings:
         forgetful: window of every cache layer that forgets what is outside of one, if that is
             narrower than the model's context.
         watch: the modules that keep a state.
+        keeper: the cache layer in which positions of all tokens are kept, if any.
         replaying, replayed: while tracing, the place of the next answer in ``masks``.
     """
 
@@ -58,6 +61,7 @@ class Firings:
     derived: bool = False
     forgetful: dict[int, int] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
+    keeper: int | None = None
     replaying: bool = False
     replayed: int = 0
 
@@ -111,14 +115,49 @@ class CaptureIndexedLayer(CaptureLayer, DynamicIndexedLayer):
         CaptureLayer.__init__(self, index, past, seen)
 
 
-def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
+class _MarkedAppends(DynamicCache):
+    """What a cache of a model's own class does with keys and values while it is captured."""
+
+    past: int
+    seen: Firings
+
+    def begin(self, past: int, seen: Firings) -> None:
+        """Before a run with so many cached tokens."""
+        self.past, self.seen = past, seen
+        self.captured: dict[int, CaptureLayer] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`CaptureLayer`."""
+        return self._layer(layer_idx).update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """See :class:`CaptureLayer`."""
+        return self._layer(layer_idx).get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """See :class:`CaptureLayer`."""
+        return self._layer(layer_idx).get_mask_sizes(query_length)
+
+    def _layer(self, index: int) -> CaptureLayer:
+        return self.captured.setdefault(index, CaptureLayer(index, self.past, self.seen))
+
+
+def capture_cache(kind: CacheKind, past: int, seen: Firings) -> DynamicCache:
     """The model's own cache with every attention layer replaced by a :class:`CaptureLayer`.
 
-    Layers with a recurrent state keep it.
+    Layers with a recurrent state keep it, and so does a cache of a class of the model's own.
 
     Raises:
         UnsupportedModelError: a layer keeps another state than keys and values.
     """
+    if kind.own is not None:
+        methods = noting(kind.own, seen.watch.note)
+        own: Any = type(kind.own.__name__, (_MarkedAppends, kind.own), methods)()
+        own.begin(past, seen)
+        return cast("DynamicCache", own)
+    config = kind.config
     cache = WatchedCache(config=config)
     most = getattr(config, "max_position_embeddings", None) or float("inf")
     cache.watch = seen.watch
@@ -144,20 +183,3 @@ def capture_cache(config: Any, past: int, seen: Firings) -> WatchedCache:
             )
         cache.layers[index] = CaptureLayer(index, past, seen)
     return cache
-
-
-def refuse_positions(cache: WatchedCache, backbone: nn.Module) -> None:
-    """Refuse models whose cache layers remember positions beside keys.
-
-    Raises:
-        UnsupportedModelError: one of them does.
-    """
-    for index, layer in enumerate(cache.layers):
-        if getattr(layer, "indexer_position_ids", None) is not None:
-            raise UnsupportedModelError(
-                "the model cannot be captured",
-                where=definition_line(type(backbone)),
-                why=f"its cache layer {index} keeps the positions of all tokens, from which its"
-                " index makes rotations anew in every step",
-                do="Report the model; such caches are not supported.",
-            )

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from kvquant_compile.capture.decoder import Decoder
 from kvquant_compile.capture.embedding import PER_LAYER
+from kvquant_compile.capture.own_cache import CacheKind
 
 Convention = Literal["transformers", "functional"]
 
@@ -47,6 +48,7 @@ class Captured:
         backbone: the module whose forward the graph computes.
         device, dtype: of the model's floating-point parameters; baked into the graph.
         mask_optional: whether None may be given as ``attention_mask``.
+        caches: how the original's cache is made; of transformers models only.
         cache_layout, decoder: of hand-written decoders only.
         evidence: JSON-able record of the audit and of the numeric self-check.
     """
@@ -60,6 +62,7 @@ class Captured:
     mask_optional: bool = True
     cache_layout: CacheLayout | None = None
     decoder: Decoder | None = None
+    caches: CacheKind | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from kvquant_compile.capture.source_lines import SourceLine
 from kvquant_compile.errors import KVQuantError, UnsupportedModelError
@@ -59,31 +57,14 @@ def _text(frame: FrameType, line: int) -> str:
     return str(SourceLine(SourceLine.short(file), line, linecache.getline(file, line).strip()))
 
 
-def not_running(
-    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, error: Exception
-) -> UnsupportedModelError:
+def not_running(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
     """The refusal of a backbone that does not run behind a capture cache."""
-    own = _own_cache(backbone, like)
-    why = f"its backbone does not run on embedded tokens and a cache: {_first_line(error)}"
-    if own is not None:
-        why = (f"it keeps its cache in a class of its own ({own.__name__},"
-               f" {definition_line(own)}), whose states are not known here")  # fmt: skip
     return UnsupportedModelError(
         f"{type(model).__name__} cannot be captured",
         where=failing_line(error, model),
-        why=why,
+        why=f"its backbone does not run on embedded tokens and a cache: {_first_line(error)}",
         do=OTHER_MODEL,
     )
-
-
-def _own_cache(backbone: PreTrainedModel, like: Tensor) -> type | None:
-    """The class of the cache that a backbone makes for itself, if it is none of transformers'."""
-    hidden = torch.zeros(1, 2, backbone.config.get_text_config().hidden_size).to(like)
-    try:
-        made = type(backbone(inputs_embeds=hidden, use_cache=True).past_key_values)
-    except Exception:  # it does not run at all: the error at hand says more
-        return None
-    return None if made.__module__ == DynamicCache.__module__ else made
 
 
 @contextmanager

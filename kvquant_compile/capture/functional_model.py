@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from transformers import PreTrainedModel
 
 from kvquant_compile.capture.cache_sites import mark_cached_attention
 from kvquant_compile.capture.cache_updates import find_updates
@@ -68,7 +67,6 @@ def capture_functional(
         UnsupportedModelError: another convention, or a graph that does not reproduce the model.
         UnsupportedLayerError: an attention of unknown meaning.
     """
-    _refuse_wrapper(model)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if not example_inputs or not isinstance(example_inputs[0], Tensor) or parameter is None:
         raise OptionError(
@@ -93,16 +91,6 @@ def capture_functional(
         gm, "functional", model, model, parameter.device, parameter.dtype,
         cache_layout=layout, evidence=evidence, decoder=decoder,
     )  # fmt: skip
-
-
-def _refuse_wrapper(model: nn.Module) -> None:
-    inner = getattr(model, "get_base_model", None)
-    if inner is not None and isinstance(inner(), PreTrainedModel):
-        raise OptionError(
-            f"a {type(model).__name__} cannot be captured",
-            why="it is a wrapper around the model, whose layers have the adapters",
-            do="Call optimize(model.get_base_model(), ...); the wrapper then runs it.",
-        )
 
 
 def _understood(model: nn.Module, example_inputs: tuple[Any, ...]) -> Decoder:

@@ -49,8 +49,9 @@ def _attention_marker(
     sinks = others.pop("s_aux", None)
     sinks = others.pop("sinks", None) if sinks is None else sinks
     selected = others.pop("indices", None)  # places of the only keys that are attended
+    bias = others.pop("position_bias", None)  # joins the scores (inkling)
     layer = int(getattr(module, "layer_idx", None) or 0)
-    _refuse_unknown(module, layer, others, sinks)
+    _refuse_unknown(module, layer, others, sinks, bias, query)
     window = sliding_window[0] if isinstance(sliding_window, (tuple, list)) else sliding_window
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -60,7 +61,7 @@ def _attention_marker(
     _active.derived |= not any(key is k and value is v for k, v in _active.appended)
     out = ATTEND(
         query, key, value, attention_mask, sinks, layer,
-        float(scale), float(softcap or 0.0), int(window or 0), bool(causal), None, selected,
+        float(scale), float(softcap or 0.0), int(window or 0), bool(causal), None, selected, bias,
     )  # fmt: skip
     return out, None
 
@@ -86,11 +87,18 @@ def _refuse_bias(module: nn.Module, layer: int, mask: Tensor | None) -> None:
 
 
 def _refuse_unknown(
-    module: nn.Module, layer: int, others: dict[str, Any], sinks: Tensor | None
+    module: nn.Module,
+    layer: int,
+    others: dict[str, Any],
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    query: Tensor,
 ) -> None:
     unknown = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
-    if sinks is not None and sinks.ndim != 1:
-        unknown.append("sinks that depend on the token")
+    if sinks is not None and sinks.ndim != 1 and sinks.shape != (*query.shape[:3], 1):
+        unknown.append(f"sinks of shape {list(sinks.shape)}")
+    if bias is not None and bias.shape[:3] != query.shape[:3]:
+        unknown.append(f"position_bias of shape {list(bias.shape)}")
     if unknown:
         raise UnsupportedLayerError(
             "an attention layer cannot be captured",

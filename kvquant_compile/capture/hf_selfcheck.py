@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from kvquant_compile.capture.capture_cache import Firings
 from kvquant_compile.capture.embedding import PER_LAYER, random_embedded
 from kvquant_compile.capture.hf_hooks import attention_by
+from kvquant_compile.capture.own_cache import CacheKind
 from kvquant_compile.capture.rounding import Disturb, widened_limit
 from kvquant_compile.capture.run import Store, run_marked
 from kvquant_compile.errors import UnsupportedModelError
@@ -27,13 +28,17 @@ _USUAL_LAYERS = 8
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+@dataclass(frozen=True)
+class Original:
+    """A backbone, a parameter of it, and how its cache is made."""
+
+    backbone: PreTrainedModel
+    like: Tensor
+    caches: CacheKind
+
+
 def self_check(
-    gm: fx.GraphModule,
-    backbone: PreTrainedModel,
-    like: Tensor,
-    seen: Firings,
-    *,
-    mask_optional: bool,
+    gm: fx.GraphModule, original: Original, seen: Firings, *, mask_optional: bool
 ) -> dict[str, Any]:
     """Compare graph and backbone over whole conversations: (tokens, past) grows call by call.
 
@@ -47,20 +52,21 @@ def self_check(
     first = max([6, *(window + 3 for window in windows)])
     talks = [_Talk(2, (first, 1, 3), padded=True), _Talk(2, (1, 4, 2))]
     talks += [_Talk(1, (5, 1), masked=False)] if mask_optional else []
+    backbone, dtype = original.backbone, original.like.dtype
     # Some releases drop the soft-cap in "sdpa": the model's definition is then "eager".
     for reference in (backbone.config._attn_implementation, "eager"):
         with attention_by(backbone, reference):
-            errors = [e for talk in talks for e in _compare(gm, backbone, like, talk)]
+            errors = [e for talk in talks for e in _compare(gm, original, talk)]
             worst = max(error for _, error in errors)
-            limit = TOLERANCE[like.dtype] * max(1.0, seen.attends / _USUAL_LAYERS) ** 0.5
-            original = functools.partial(_outputs, backbone, like, talks)
-            limit = widened_limit(limit, worst, like.dtype, original)
+            limit = TOLERANCE[dtype] * max(1.0, seen.attends / _USUAL_LAYERS) ** 0.5
+            outputs = functools.partial(_outputs, original, talks)
+            limit = widened_limit(limit, worst, dtype, outputs)
         if worst <= limit:
             break
     lengths = [[tokens, past] for (tokens, past), _ in errors]
     if not worst <= limit:
         bad = [length for length, error in errors if not error <= limit]
-        raise _refused(backbone, _contradiction(backbone, like, talks, limit) or
+        raise _refused(backbone, _contradiction(original, talks, limit) or
             f"the captured graph differs from it at (tokens, past) = {bad}: relative error"
             f" {worst:.1e}")  # fmt: skip
     return {
@@ -88,10 +94,10 @@ class _Talk:
     padded: bool = False
     masked: bool = True
 
-    def steps(self, backbone: PreTrainedModel, like: Tensor) -> Iterator[_Step]:
+    def steps(self, original: Original) -> Iterator[_Step]:
         """Random embedded tokens, the same whenever it is asked."""
-        total, past = sum(self.calls), 0
-        fed = random_embedded(backbone, like, self.batch, total, seed=1)
+        total, past, like = sum(self.calls), 0, original.like
+        fed = random_embedded(original.backbone, like, self.batch, total, seed=1)
         mask = torch.ones(self.batch, total, dtype=torch.long, device=like.device)
         if self.padded:
             mask[0, :2] = 0
@@ -118,72 +124,67 @@ class _Step:
 
 
 def _compare(
-    gm: fx.GraphModule, backbone: PreTrainedModel, like: Tensor, talk: _Talk
+    gm: fx.GraphModule, original: Original, talk: _Talk
 ) -> list[tuple[tuple[int, int], float]]:
     """((tokens, past), relative error) of every call."""
     store: Store = {}
-    expected = _outputs(backbone, like, [talk], lambda hidden: hidden)
+    expected = _outputs(original, [talk], lambda hidden: hidden)
     errors = []
-    for step, wanted in zip(talk.steps(backbone, like), expected, strict=True):
+    for step, wanted in zip(talk.steps(original), expected, strict=True):
         inputs = (step.hidden, step.mask, step.positions, step.past, *step.extra)
-        got = _captured(gm, backbone, like, talk, store, *inputs)
+        got = _captured(gm, original, talk, store, *inputs)
         size = (step.hidden.shape[1], step.past)
         errors.append((size, relative_error(got[step.real], wanted)))
     return errors
 
 
-def _outputs(
-    backbone: PreTrainedModel, like: Tensor, talks: Sequence[_Talk], disturb: Disturb
-) -> list[Tensor]:
+def _outputs(original: Original, talks: Sequence[_Talk], disturb: Disturb) -> list[Tensor]:
     """What the original gives for the real tokens of every call."""
     outputs = []
     for talk in talks:
-        cache = DynamicCache(config=backbone.config.get_text_config(decoder=True))
-        for step in talk.steps(backbone, like):
+        cache = original.caches.new()
+        for step in talk.steps(original):
             # A copy: some models scale what they are given in place.
             hidden = disturb(step.hidden.clone())
             given: tuple[Any, ...] = (step.mask, step.positions, *step.extra)
-            outputs.append(_original(backbone, cache, hidden, *given)[step.real])
+            outputs.append(_original(original.backbone, cache, hidden, *given)[step.real])
     return outputs
 
 
-def _contradiction(
-    backbone: PreTrainedModel, like: Tensor, talks: Sequence[_Talk], limit: float
-) -> str:
-    """Whether the original itself gives other results step by step than at once."""
-    for talk in talks:
+def _contradiction(original: Original, talks: Sequence[_Talk], limit: float) -> str:
+    """In which step the original itself gives other results than at once, padded if only then."""
+    plain = [replace(talk, padded=False) for talk in talks if talk.padded]
+    for talk in [*plain, *talks]:
         whole = replace(talk, calls=(sum(talk.calls),))
-        steps = _outputs(backbone, like, [talk], lambda hidden: hidden)
-        (once,) = _outputs(backbone, like, [whole], lambda hidden: hidden)
-        (real,) = (step.real for step in whole.steps(backbone, like))
+        steps = _outputs(original, [talk], lambda hidden: hidden)
+        (once,) = _outputs(original, [whole], lambda hidden: hidden)
+        (real,) = (step.real for step in whole.steps(original))
         places = torch.zeros_like(real, dtype=torch.long)
-        places[real] = torch.arange(len(once), device=like.device)
+        places[real] = torch.arange(len(once), device=real.device)
         parts = places.split(talk.calls, 1)
         kept = real.split(talk.calls, 1)
-        for part, those, got in zip(parts, kept, steps, strict=True):
+        for i, (part, those, got) in enumerate(zip(parts, kept, steps, strict=True)):
             error = relative_error(got, once[part[those]])
             if not error <= max(limit, 1e-3):
-                return (f"the original contradicts itself: tokens given in steps of {talk.calls}"
-                        f" have other results than given at once (relative error {error:.1e}), so"
-                        " what it attends to, or keeps, is not what its cache holds")  # fmt: skip
+                kind = "in a left-padded batch" if talk.padded else "without padding"
+                return (f"the original contradicts itself: {kind}, {talk.calls[i]} tokens after"
+                        f" {sum(talk.calls[:i])} have other results than all given at once"
+                        f" (relative error {error:.1e}), so what it attends to, or keeps, is not"
+                        " what its cache holds")  # fmt: skip
     return ""
 
 
 def _captured(
-    gm: fx.GraphModule,
-    backbone: PreTrainedModel,
-    like: Tensor,
-    talk: _Talk,
-    store: Store,
-    *inputs: Any,
+    gm: fx.GraphModule, original: Original, talk: _Talk, store: Store, *inputs: Any
 ) -> Tensor:
     try:
         output: Tensor = run_marked(gm, store, *inputs)
         return output
     except Exception as error:
         why = f"the captured graph holds for the traced length only: {_first_line(error)}"
-        limit = TOLERANCE[like.dtype]
-        raise _refused(backbone, _contradiction(backbone, like, [talk], limit) or why) from error
+        limit = TOLERANCE[original.like.dtype]
+        why = _contradiction(original, [talk], limit) or why
+        raise _refused(original.backbone, why) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,8 @@ The mixers of state-space and linear-attention layers unroll over the step's len
 traced, and what they keep is small and of fixed size. They stay the model's own modules: while
 tracing, one opaque op stands for each; afterwards the graph calls the module, with the model's own
 cache class for its state. That cache is the graph's input ``states``; None starts from nothing.
-Modules whose Python control flow depends on data (loops over the experts that were hit) are leaves
-without a state.
+Modules whose Python control flow depends on data (loops over the experts that were hit), or whose
+weights are of a class that a tracer loses, are leaves without a state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvquant_compile.capture.edit import add_call
 from kvquant_compile.capture.markers import STATEFUL
-from kvquant_compile.capture.torch_internals import is_symbolic, size_hint
+from kvquant_compile.capture.own_cache import CacheKind
+from kvquant_compile.capture.torch_internals import is_symbolic, loses_class, size_hint
 from kvquant_compile.errors import UnsupportedLayerError
 
 STATES = "states"
@@ -34,13 +35,13 @@ class Leaf(nn.Module):
 
     Args:
         module: the model's own.
-        config: for the cache of a run that starts from nothing.
+        caches: makes the cache of a run that starts from nothing.
         leaves, spec: the flattened arguments; a marker stands for a tensor and for the cache.
     """
 
-    def __init__(self, module: nn.Module, config: Any, leaves: list[Any], spec: Any) -> None:
+    def __init__(self, module: nn.Module, caches: CacheKind, leaves: list[Any], spec: Any) -> None:
         super().__init__()
-        self.module, self.config, self.leaves, self.spec = module, config, leaves, spec
+        self.module, self.caches, self.leaves, self.spec = module, caches, leaves, spec
 
     @property
     def has_state(self) -> bool:
@@ -49,7 +50,7 @@ class Leaf(nn.Module):
 
     def new_states(self) -> DynamicCache:
         """An empty cache, of which only the states are used."""
-        return DynamicCache(config=self.config)
+        return self.caches.new()
 
     def forward(self, states: Cache | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The module's outputs that are tensors."""
@@ -92,7 +93,8 @@ class Watch:
 
     def note(self) -> None:
         """A state is being used."""
-        self.users[self.stack[-1]] = None
+        if self.stack:
+            self.users[self.stack[-1]] = None
 
 
 class WatchedCache(DynamicCache):
@@ -121,7 +123,7 @@ class WatchedCache(DynamicCache):
         return self._noted(super().update_indexer, args, kwargs)
 
     def _noted(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.watch is not None and self.watch.stack:
+        if self.watch is not None:
             self.watch.note()
         return method(*args, **kwargs)
 
@@ -141,6 +143,8 @@ def watching(backbone: nn.Module, watch: Watch) -> Iterator[None]:
     watch.stack.clear()
     hooks = []
     for module in backbone.modules():
+        if any(loses_class(weight) for weight in module.parameters(recurse=False)):
+            watch.users[module] = None
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         yield
@@ -150,7 +154,7 @@ def watching(backbone: nn.Module, watch: Watch) -> Iterator[None]:
 
 
 @contextmanager
-def opaque(watch: Watch, config: Any) -> Iterator[list[Leaf]]:
+def opaque(watch: Watch, caches: CacheKind) -> Iterator[list[Leaf]]:
     """Every module with a state is one opaque op inside the block; the leaves come as they run.
 
     Raises (when such a module runs):
@@ -160,7 +164,7 @@ def opaque(watch: Watch, config: Any) -> Iterator[list[Leaf]]:
     before = {module: module.__dict__.get("forward") for module in watch.users}
     try:
         for module in watch.users:
-            module.forward = _opaque_forward(module, module.forward, watch, config, leaves)
+            module.forward = _opaque_forward(module, module.forward, watch, caches, leaves)
         yield leaves
     finally:
         for module, forward in before.items():
@@ -173,13 +177,13 @@ def _opaque_forward(
     module: nn.Module,
     original: Callable[..., Any],
     watch: Watch,
-    config: Any,
+    caches: CacheKind,
     leaves: list[Leaf],
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         values, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Cache))
         tensors = [value for value in values if isinstance(value, Tensor)]
-        leaves.append(Leaf(module, config, [_kept(value) for value in values], spec))
+        leaves.append(Leaf(module, caches, [_kept(value) for value in values], spec))
         parts, structure = pytree.tree_flatten(watch.outputs[module])
         _check(module, parts, values)
         results, place = list(parts), 0

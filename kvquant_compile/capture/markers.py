@@ -6,7 +6,8 @@
     kind is ``causal``, ``sliding`` or ``chunked``; window is the length of chunks then.
 ``attend(q, k, v, mask?, sinks?, layer, scaling, softcap, window, causal, slopes?, selected?)``
     returns [B, S, Hq, Dv]; slopes [Hq] add ``slope * (key's place - query's)`` (ALiBi); selected
-    int [B, S, n] are the only keys that a query attends to (sparse attention).
+    are the only keys that a query attends to (sparse attention): places int [B, S, n], or a mask
+    bool [B, 1, S, past + S].
 ``stateful(inputs, shape, dtype, leaf, output) -> Tensor``
     stands for an output of a module with a state while tracing (see :mod:`.leaves`); never runs.
 
@@ -46,8 +47,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, int layer, float scaling,"
-    " float softcap, int window, bool causal, Tensor? slopes=None, Tensor? selected=None)"
-    " -> Tensor"
+    " float softcap, int window, bool causal, Tensor? slopes=None, Tensor? selected=None,"
+    " Tensor? bias=None) -> Tensor"
 )
 _LIBRARY.define(
     "stateful(Tensor[] inputs, SymInt[] shape, ScalarType dtype, int leaf, int output) -> Tensor"
@@ -98,13 +99,14 @@ def _attend(
     causal: bool,
     slopes: Tensor | None = None,
     selected: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     if is_fake(q, k, v):
         return _fake_attend(q, k, v)
     if selected is not None:
         chosen = chosen_keys(selected, k.shape[2])[:, None]
         mask = chosen if mask is None else mask & chosen
-    return exact_attention(q, k, v, mask, sinks, scaling, softcap, slopes)
+    return exact_attention(q, k, v, mask, sinks, scaling, softcap, slopes, bias)
 
 
 def _fake_append(k: Tensor, v: Tensor, layer: int, past: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from kvquant_compile.capture.capture_cache import (
 from kvquant_compile.capture.captured import CacheLayout
 from kvquant_compile.capture.cleanup import flat_graph
 from kvquant_compile.capture.mask_kind import MaskKind
+from kvquant_compile.capture.own_cache import CacheKind
 from kvquant_compile.errors import UnsupportedLayerError, UnsupportedModelError
 from kvquant_compile.observer import SILENT, Observer
 
@@ -36,15 +37,15 @@ from kvquant_compile.observer import SILENT, Observer
 class _Flat(nn.Module):
     """The backbone with flat inputs, the cache's tensors among them."""
 
-    def __init__(self, backbone: nn.Module, config: Any) -> None:
+    def __init__(self, backbone: nn.Module, kind: CacheKind) -> None:
         super().__init__()
-        self.backbone, self.config = backbone, config
+        self.backbone, self.kind = backbone, kind
         self.takes = set(inspect.signature(backbone.forward).parameters)
 
     def forward(
         self, hidden: Tensor, attention_mask: Tensor, position_ids: Tensor, caches: list[Tensor]
     ) -> list[Tensor]:
-        cache = plain_cache(self.config, caches)
+        cache = plain_cache(self.kind, caches)
         out = self.step(hidden, attention_mask, position_ids, cache)
         return [out, *_tensors(cache)]
 
@@ -62,7 +63,7 @@ class _Flat(nn.Module):
         return out.last_hidden_state
 
 
-def plain_cache(config: Any, caches: list[Tensor]) -> DynamicCache:
+def plain_cache(kind: CacheKind, caches: list[Tensor]) -> DynamicCache:
     """A cache of plain layers, windowed ones too, that hold the given keys and values.
 
     Layers with nothing but a recurrent state stay, and have no tensors among the given.
@@ -70,11 +71,11 @@ def plain_cache(config: Any, caches: list[Tensor]) -> DynamicCache:
     Raises:
         UnsupportedModelError: a layer keeps another state than keys and values.
     """
-    cache = capture_cache(config, 0, Firings())
-    if any(isinstance(layer, CaptureHybridLayer) for layer in cache.layers):
+    cache = capture_cache(kind, 0, Firings())
+    if kind.own or any(isinstance(layer, CaptureHybridLayer) for layer in cache.layers):
         raise UnsupportedModelError(
             "the model cannot be captured",
-            why="a layer keeps keys, values and a recurrent state, and its attention is code of"
+            why="its cache keeps keys, values and states together, and its attention is code of"
             " its own, or attends to keys that are computed from the cached ones",
             do="Report the model.",
         )
@@ -116,19 +117,21 @@ class CacheInputs:
     layout: CacheLayout
 
 
-def cache_inputs(backbone: PreTrainedModel, config: Any, before: tuple[Any, ...]) -> CacheInputs:
+def cache_inputs(
+    backbone: PreTrainedModel, kind: CacheKind, before: tuple[Any, ...]
+) -> CacheInputs:
     """What the model's own layers cache of some tokens.
 
     Args:
         backbone: of the model, in evaluation mode.
-        config: of its text decoder.
+        kind: how its cache is made.
         before: (hidden, attention_mask, position_ids) of the tokens.
 
     Raises:
         UnsupportedLayerError: a layer caches tensors of other axes than [B, heads, S, width].
     """
-    flat = _Flat(backbone, config)
-    cache = plain_cache(config, [])
+    flat = _Flat(backbone, kind)
+    cache = plain_cache(kind, [])
     hidden, attention_mask, position_ids = before
     flat.step(hidden, attention_mask, position_ids, cache)
     filled = _filled(cache)
@@ -139,12 +142,12 @@ def cache_inputs(backbone: PreTrainedModel, config: Any, before: tuple[Any, ...]
 
 
 def export_with_cache(
-    backbone: PreTrainedModel, config: Any, inputs: tuple[Any, ...], caches: CacheInputs
+    backbone: PreTrainedModel, kind: CacheKind, inputs: tuple[Any, ...], caches: CacheInputs
 ) -> torch.export.ExportedProgram:
     """Export the backbone behind a cache that holds some tokens.
 
     Args:
-        backbone, config: as of :func:`cache_inputs`.
+        backbone, kind: as of :func:`cache_inputs`.
         inputs: (hidden, attention_mask, position_ids) of the traced step.
         caches: of the tokens before it.
 
@@ -155,7 +158,7 @@ def export_with_cache(
     shapes = {"hidden": two, "attention_mask": two, "position_ids": two,
               "caches": [{0: Dim.AUTO, 2: Dim.AUTO} for _ in caches.tensors]}  # fmt: skip
     return torch.export.export(
-        _Flat(backbone, config),
+        _Flat(backbone, kind),
         (*inputs, caches.tensors),
         dynamic_shapes=shapes,
         strict=False,

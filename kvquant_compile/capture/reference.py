@@ -72,7 +72,15 @@ def exact_mask(
 
 
 def chosen_keys(selected: Tensor, keys: int) -> Tensor:
-    """Places of keys as a mask: int [B, S, n] to bool [B, S, keys]; negative places are none."""
+    """Which keys each query has chosen, bool [B, S, keys].
+
+    Args:
+        selected: their places, int [B, S, n], negative ones being none; or a mask over the first
+            keys, bool [B, 1, S, n].
+        keys: how many there are.
+    """
+    if selected.dtype is torch.bool:
+        return F.pad(selected[:, 0], (0, keys - selected.shape[-1]))
     batch, queries, _ = selected.shape
     chosen = torch.zeros(batch, queries, keys + 1, dtype=torch.bool, device=selected.device)
     places = torch.where(selected < 0, keys, selected).long()
@@ -88,6 +96,7 @@ def exact_attention(
     scaling: float,
     softcap: float,
     slopes: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention as the model defines it, differentiable in q, k, v and sinks.
 
@@ -95,11 +104,13 @@ def exact_attention(
         q: [B, Hq, S, D]; Hq a multiple of Hkv.
         k, v: [B, Hkv, T, D] and [B, Hkv, T, Dv].
         mask: bool [B or 1, 1 or Hq, S, T], True where attended; None attends to everything.
-        sinks: [Hq] logits that join each softmax without a value, or None.
+        sinks: logits that join each softmax without a value, [Hq] or, one for every query,
+            [B, Hq, S, 1]; or None.
         scaling: factor of the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         slopes: [Hq]; ``slope * (j - i)`` joins the score of query i and key j (ALiBi, arXiv
             2108.12409), both counted from the first key, the last query being the last key.
+        bias: [B, Hq, S, T], joins the scores, or None.
 
     Returns:
         [B, S, Hq, Dv] in the dtype of v.
@@ -108,13 +119,13 @@ def exact_attention(
         # A row without any visible key (left padding) would give NaN, which then leaks into
         # other rows through 0 * NaN: let such rows attend to everything, nobody reads them.
         mask = mask | ~mask.any(-1, keepdim=True)
-    if sinks is None and not softcap and slopes is None:
+    if sinks is None and not softcap and slopes is None and bias is None:
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2)
-    weights = _weights(q, k, mask, sinks, scaling, softcap, slopes).to(v.dtype)
+    weights = _weights(q, k, mask, sinks, scaling, softcap, slopes, bias).to(v.dtype)
     return (weights @ _repeat_heads(v, q.shape[1])).transpose(1, 2)
 
 
@@ -126,6 +137,7 @@ def _weights(
     scaling: float,
     softcap: float,
     slopes: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     scores = (q @ _repeat_heads(k, q.shape[1]).transpose(2, 3)).float() * scaling
     if softcap:
@@ -134,11 +146,14 @@ def _weights(
         places = torch.arange(k.shape[2], device=k.device)
         distance = places - places[k.shape[2] - q.shape[2] :, None]
         scores = scores + slopes.float()[:, None, None] * distance
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is None:
         return torch.softmax(scores, -1)
-    column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    column = sinks.float().reshape(1, -1, 1, 1) if sinks.ndim == 1 else sinks.float()
+    column = column.expand(scores.shape[0], -1, scores.shape[2], 1)
     return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
 
 

@@ -58,14 +58,19 @@ class Evaluator:
     Args:
         gm: the module whose graph and attributes are read.
         values: node -> value; these nodes are taken as given, nothing before them is computed.
-        widen: compute in float32 what the model computes in half precision, so that what a piece
-            of graph means can be told from how it rounds.
+        widen: the model's dtype, where what a piece of graph means is to be told from how it
+            rounds: what a model of half precision computes in that is computed in float32. A
+            model of single precision means its roundings.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, values: Mapping[fx.Node, Any], *, widen: bool = False
+        self,
+        gm: fx.GraphModule,
+        values: Mapping[fx.Node, Any],
+        *,
+        widen: torch.dtype | None = None,
     ) -> None:
-        self.gm, self.widen = gm, widen
+        self.gm, self.widen = gm, widen is not None and widened(widen) is not widen
         self.values: dict[fx.Node, Any] = {n: self._widened(v) for n, v in values.items()}
 
     def __call__(self, node: fx.Node) -> Any:

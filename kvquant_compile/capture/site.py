@@ -83,7 +83,8 @@ class SiteFunction:
             **self.site.feed(k, v, k.shape[2] - tokens),
         }
         with torch.no_grad():
-            out = Evaluator(self.gm, values, widen=True)(self.site.out)
+            run = Evaluator(self.gm, values, widen=self.site.key.meta["val"].dtype)
+            out = run(self.site.out)
         return out if self.site.out_layout == "bhsd" else out.transpose(1, 2)
 
     def zeros(self, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:

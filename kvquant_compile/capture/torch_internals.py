@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import CodeGen
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _ASSERTS = ("aten._assert_scalar.default", "aten._assert_tensor_metadata.default")
 
@@ -25,6 +26,15 @@ def is_symbolic(value: Any) -> bool:
 def size_hint(size: Any) -> int:
     """The length that a tracer's symbol had in the example; asking for it adds no guard."""
     return int(size.node.hint)
+
+
+def loses_class(weight: nn.Parameter) -> bool:
+    """Whether a tracer's stand-in for a weight is a plain tensor without what its class adds.
+
+    Tensor subclasses that wrap others are taken apart and put together again; others (the packed
+    weights of bitsandbytes, whose scales are attributes) are not.
+    """
+    return type(weight) is not nn.Parameter and not is_traceable_wrapper_subclass(weight)
 
 
 def plain_calling_convention(gm: fx.GraphModule) -> fx.GraphModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from kvquant_compile.capture.audit import audit_firings, audit_graph
+from kvquant_compile.capture.backbone import find_backbone, refuse_by_config
 from kvquant_compile.capture.cache_inputs import mark_appends
-from kvquant_compile.capture.capture_cache import Firings, capture_cache, refuse_positions
+from kvquant_compile.capture.capture_cache import Firings, capture_cache
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
 from kvquant_compile.capture.embedding import (
@@ -22,21 +24,22 @@ from kvquant_compile.capture.embedding import (
     random_embedded,
 )
 from kvquant_compile.capture.failures import (
-    OTHER_MODEL,
-    definition_line,
     export_errors,
     not_running,
 )
 from kvquant_compile.capture.hf_hooks import attention_by, markers_in
-from kvquant_compile.capture.hf_selfcheck import self_check
+from kvquant_compile.capture.hf_selfcheck import Original, self_check
+from kvquant_compile.capture.kept_positions import keeper_of_positions, pass_all_positions
 from kvquant_compile.capture.leaves import Leaf, Watch, call_leaves, opaque, watching
 from kvquant_compile.capture.own_attention import (
     cache_inputs,
     export_with_cache,
     marked_graph,
 )
+from kvquant_compile.capture.own_cache import CacheKind, own_cache
+from kvquant_compile.capture.selections import split_selections
 from kvquant_compile.capture.slices_written import written_slices_as_values
-from kvquant_compile.errors import KVQuantError, UnsupportedModelError
+from kvquant_compile.errors import KVQuantError
 from kvquant_compile.observer import SILENT, Observer
 
 # Sizes while tracing: 0 and 1 would be taken for constants, so none of them appears.
@@ -46,9 +49,9 @@ _BATCH, _TOKENS, _PAST = 2, 6, 5
 class _Flat(nn.Module):
     """The backbone with flat inputs; the cache is built inside, so no Cache is an input."""
 
-    def __init__(self, backbone: nn.Module, config: Any, seen: Firings) -> None:
+    def __init__(self, backbone: nn.Module, kind: CacheKind, seen: Firings) -> None:
         super().__init__()
-        self.backbone, self.config, self.seen = backbone, config, seen
+        self.backbone, self.kind, self.seen = backbone, kind, seen
         self.takes = set(inspect.signature(backbone.forward).parameters)
 
     def forward(
@@ -62,14 +65,14 @@ class _Flat(nn.Module):
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
         if per_layer_inputs is not None:
             inputs[PER_LAYER] = per_layer_inputs
-        cache = capture_cache(self.config, past, self.seen)
+        cache = capture_cache(self.kind, past, self.seen)
         out = self.backbone(
             inputs_embeds=hidden,
             past_key_values=cache,
             use_cache=True,
             **{name: value for name, value in inputs.items() if name in self.takes},
         )
-        refuse_positions(cache, self.backbone)
+        self.seen.keeper = keeper_of_positions(cache)
         return out.last_hidden_state
 
 
@@ -87,86 +90,29 @@ def capture_transformers(model: PreTrainedModel, observer: Observer = SILENT) ->
     backbone = find_backbone(model)
     parameter = next(p for p in backbone.parameters() if p.is_floating_point())
     with evaluation_mode(model), torch.no_grad():
-        seen = _eager_run(model, backbone, parameter)
+        seen, kind = _eager_run(model, backbone, parameter, CacheKind(_text_config(backbone)))
         if seen.attends < seen.appends:
-            gm, seen = _own_attention(model, backbone, parameter, observer)
+            gm, seen = _own_attention(model, backbone, parameter, kind, observer)
         elif seen.derived:
-            gm = _derived_keys(model, backbone, parameter, seen, observer)
+            gm = _derived_keys(model, backbone, parameter, seen, kind, observer)
         else:
-            program, leaves = _export(model, backbone, parameter, seen)
+            program, leaves = _export(model, backbone, parameter, seen, kind)
             gm = flat_graph(program)
             observer.graph("exported", gm)
             call_leaves(gm, leaves)
+            if seen.keeper is not None:
+                pass_all_positions(gm, seen.keeper)
+            split_selections(gm)
         sizes_from(gm, "hidden")
         optional = mask_from_input(gm, "attention_mask")
         observer.graph("captured", gm)
         audit_graph(gm.graph, seen)
-        evidence = self_check(gm, backbone, parameter, seen, mask_optional=optional)
+        original = Original(backbone, parameter, kind)
+        evidence = self_check(gm, original, seen, mask_optional=optional)
     return Captured(
         gm, "transformers", model, backbone, parameter.device, parameter.dtype, optional,
-        evidence=evidence,
+        caches=kind, evidence=evidence,
     )  # fmt: skip
-
-
-def refuse_by_config(model: PreTrainedModel) -> None:
-    """Refuse what the configuration alone rules out.
-
-    Raises:
-        UnsupportedModelError: encoder-decoder, dynamic RoPE, or weights on the meta device.
-    """
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} cannot be captured", why="it is an encoder-decoder model", do=OTHER_MODEL
-        )
-    if _mentions_dynamic_rope(model.config.to_dict()):
-        raise UnsupportedModelError(
-            f"{name} cannot be captured",
-            why='its rope_type is "dynamic": cos and sin depend on data (the longest position'
-            " seen so far), so no cached key has one fixed rotation",
-            do='Set another rope_type in the config, such as "yarn" or "linear".',
-        )
-    if any(p.is_meta for p in model.parameters()):
-        raise UnsupportedModelError(
-            f"{name} cannot be captured",
-            why="parameters are on the meta device, so the graph cannot be compared with it",
-            do="Load the weights first.",
-        )
-
-
-def _mentions_dynamic_rope(config: Any) -> bool:
-    if isinstance(config, dict):
-        named = config.get("rope_type", config.get("type"))
-        return named == "dynamic" or any(map(_mentions_dynamic_rope, config.values()))
-    return False
-
-
-def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The module that maps embedded tokens and a cache to the last hidden state.
-
-    Raises:
-        UnsupportedModelError: there is none, so the model keeps no key-value cache.
-    """
-    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if not isinstance(backbone, PreTrainedModel) or backbone.get_output_embeddings() is not None:
-        inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-        headless = [m for m in inner if m.get_output_embeddings() is None]
-        backbone = (headless or [model])[0]
-    takes = inspect.signature(backbone.forward).parameters
-    missing = [name for name in ("inputs_embeds", "past_key_values") if name not in takes]
-    if missing:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured",
-            where=f"{type(backbone).__name__}, {definition_line(type(backbone))}",
-            why=f"its forward takes no {' and no '.join(missing)}"
-            + (
-                ": it is no decoder with a key-value cache"
-                if len(missing) > 1 or missing == ["past_key_values"]
-                else ", behind which it could be captured"
-            ),
-            do=OTHER_MODEL,
-        )
-    return backbone
 
 
 def _inputs(backbone: PreTrainedModel, like: Tensor, batch: int, tokens: int, past: int) -> Any:
@@ -180,31 +126,40 @@ def _text_config(backbone: PreTrainedModel) -> Any:
     return backbone.config.get_text_config(decoder=True)
 
 
-def _eager_run(model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor) -> Firings:
+def _eager_run(
+    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, kind: CacheKind
+) -> tuple[Firings, CacheKind]:
     """One plain run with markers: classifies the masks and counts the sites.
 
-    Fewer attentions than appends tell that the model attends in code of its own.
+    Fewer attentions than appends tell that the model attends in code of its own. A model that
+    does not run with transformers' own cache is run with that of its own class.
     """
     seen = Firings()
     try:
         with markers_in(model, seen), watching(backbone, seen.watch):
-            flat = _Flat(backbone, _text_config(backbone), seen)
+            flat = _Flat(backbone, kind, seen)
             flat(*_inputs(backbone, like, _BATCH, _TOKENS, 0))
     except KVQuantError:
         raise
     except Exception as error:
         if seen.masks and not seen.attends:  # its own code needs a mask of its own
             seen.appends = max(1, seen.appends)
-            return seen
-        raise not_running(model, backbone, like, error) from error
+            return seen, kind
+        own = None if kind.own else own_cache(backbone, like)
+        if own is None:
+            raise not_running(model, error) from error
+        return _eager_run(model, backbone, like, replace(kind, own=own))
     audit_firings(type(model).__name__, seen)
-    return seen
+    return seen, kind
 
 
 def _export(
-    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, eager: Firings
+    model: PreTrainedModel,
+    backbone: PreTrainedModel,
+    like: Tensor,
+    eager: Firings,
+    kind: CacheKind,
 ) -> tuple[torch.export.ExportedProgram, list[Leaf]]:
-    config = _text_config(backbone)
     tracing = Firings(masks=eager.masks, replaying=True)
     two = {0: Dim.AUTO, 1: Dim.AUTO}
     shapes: dict[str, Any] = dict.fromkeys(("hidden", "attention_mask", "position_ids"), two)
@@ -215,7 +170,7 @@ def _export(
     def export() -> torch.export.ExportedProgram:
         with markers_in(model, tracing):
             return torch.export.export(
-                _Flat(backbone, config, tracing),
+                _Flat(backbone, kind, tracing),
                 _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
                 dynamic_shapes=shapes,
                 strict=False,
@@ -223,7 +178,7 @@ def _export(
             )
 
     with export_errors(model):
-        return _with_leaves(export, tracing, eager.watch, backbone, config)
+        return _with_leaves(export, tracing, eager.watch, backbone, kind)
 
 
 def _with_leaves(
@@ -231,14 +186,14 @@ def _with_leaves(
     tracing: Firings,
     watch: Watch,
     backbone: PreTrainedModel,
-    config: Any,
+    kind: CacheKind,
 ) -> tuple[torch.export.ExportedProgram, list[Leaf]]:
     """Export with the watch's modules as leaves, and with those that the tracer fails in."""
     watch.traced = True
     while True:
         tracing.restart()
         try:
-            with opaque(watch, config) as leaves, watching(backbone, watch):
+            with opaque(watch, kind) as leaves, watching(backbone, watch):
                 return export(), leaves
         except Exception as error:
             if "data-dependent" not in str(error) or not watch.exclude():
@@ -246,14 +201,18 @@ def _with_leaves(
 
 
 def _own_attention(
-    model: PreTrainedModel, backbone: PreTrainedModel, like: Tensor, observer: Observer
+    model: PreTrainedModel,
+    backbone: PreTrainedModel,
+    like: Tensor,
+    kind: CacheKind,
+    observer: Observer,
 ) -> tuple[fx.GraphModule, Firings]:
     """The marked graph of a model whose attention is code of its own."""
-    step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
+    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3]
     before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
     with export_errors(model), attention_by(backbone, "eager"):
-        caches = cache_inputs(backbone, config, before)
-        program = export_with_cache(backbone, config, step, caches)
+        caches = cache_inputs(backbone, kind, before)
+        program = export_with_cache(backbone, kind, step, caches)
     return marked_graph(program, caches.layout, observer)
 
 
@@ -262,20 +221,21 @@ def _derived_keys(
     backbone: PreTrainedModel,
     like: Tensor,
     eager: Firings,
+    kind: CacheKind,
     observer: Observer,
 ) -> fx.GraphModule:
     """The marked graph of a model that computes keys and values from what it has cached."""
-    step, config = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3], _text_config(backbone)
+    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3]
     before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
     tracing = Firings(masks=eager.masks, replaying=True)
     with export_errors(model):
-        caches = cache_inputs(backbone, config, before)
+        caches = cache_inputs(backbone, kind, before)
 
         def export() -> torch.export.ExportedProgram:
             with markers_in(model, tracing):
-                return export_with_cache(backbone, config, step, caches)
+                return export_with_cache(backbone, kind, step, caches)
 
-        program, leaves = _with_leaves(export, tracing, eager.watch, backbone, config)
+        program, leaves = _with_leaves(export, tracing, eager.watch, backbone, kind)
     gm = flat_graph(program, all_outputs=True)
     observer.graph("exported", gm)
     written_slices_as_values(gm)

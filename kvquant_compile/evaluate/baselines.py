@@ -111,11 +111,11 @@ class KVQuantReleased:
         """Calibrate on observed keys and values."""
         low, high, keys, values = {}, {}, {}, {}
         for index, seen in observed.items():
-            sample = seen.keys[:, seen.places > 0]
-            low[index], high[index] = percentiles(sample, share)
-            x = _normalise(seen.keys, low[index][:, None], high[index][:, None])
+            k, v = seen.keys.float(), seen.values.float()
+            low[index], high[index] = percentiles(k[:, seen.places > 0], share)
+            x = _normalise(k, low[index][:, None], high[index][:, None])
             keys[index] = inlier_levels(x, seen.key_gradients, bits)
-            flat = seen.values.transpose(0, 1).flatten(1)
+            flat = v.transpose(0, 1).flatten(1)
             bounds = percentiles(flat, share)
             y = _normalise(flat, bounds[0][:, None], bounds[1][:, None])
             gradient = seen.value_gradients

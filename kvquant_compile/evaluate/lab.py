@@ -5,30 +5,27 @@ Nothing is calibrated or run for what the results hold already.
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvquant_compile import __version__
 from kvquant_compile.calib.calibrate import CalibrationOptions
-from kvquant_compile.calib.fingerprint import fingerprint
 from kvquant_compile.evaluate.agreement import PROMPTS, agreement, continuations
-from kvquant_compile.evaluate.baselines import Bf16, KVQuantReleased
-from kvquant_compile.evaluate.fake import FakeCodec, fake_logits
+from kvquant_compile.evaluate.fake import fake_logits
 from kvquant_compile.evaluate.fits import Fits
 from kvquant_compile.evaluate.layer_errors import layer_errors
 from kvquant_compile.evaluate.needle import needle_cases, needle_score
-from kvquant_compile.evaluate.points import BF16, ORIGINAL, SIMULATED, Point
+from kvquant_compile.evaluate.points import ORIGINAL, SIMULATED, Point
 from kvquant_compile.evaluate.results import Results
-from kvquant_compile.evaluate.run import Prepared, prepare
+from kvquant_compile.evaluate.run import Prepared
 from kvquant_compile.evaluate.score import Logits, compare, summary
+from kvquant_compile.evaluate.source import Source, digest
 from kvquant_compile.evaluate.table import Row, mean_bits, original_logits, program_logits
-from kvquant_compile.evaluate.text import text_windows
+from kvquant_compile.evaluate.text import token_windows
 from kvquant_compile.progress import Progress
 from kvquant_compile.runtime.program import Program
 
@@ -49,6 +46,8 @@ class Lab:
         options: of calibration.
         results: what is known, and where new results go.
         bar: shows what is going on.
+        batch: windows scored in one pass. No codec here looks across a batch, so that it changes
+            scores by no more than the order of sums does.
 
     Raises:
         OptionError: the text is shorter than one window.
@@ -65,35 +64,37 @@ class Lab:
         options: CalibrationOptions,
         results: Results,
         bar: Progress,
+        batch: int = 1,
     ) -> None:
-        self.model, self.tokenizer, self.window = model, tokenizer, window
-        self.calibration, self.options = calibration, options
-        self.results, self.bar = results, bar
-        self.windows = text_windows(text, tokenizer, window, limit)
-        self.all_windows = text_windows(text, tokenizer, window)
-        self._runs: dict[int, list[Tensor]] = {}
-        self._identity = {
-            "model": fingerprint(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "text": _digest(text),
-            "window": window,
-            "library": __version__,
-            "calibration": {
-                "text": None if calibration is None else _digest(calibration),
-                "windows": options.windows.windows,
-                "seed": options.windows.seed,
-            },
-        }
+        self.source = Source(model, tokenizer, calibration, options, bar)
+        self.results, self.bar, self.batch = results, bar, batch
+        self._read(text, window, limit)
 
-    @functools.cached_property
+    def on(self, text: str, window: int, limit: int | None = None, batch: int = 1) -> Lab:
+        """Another text, or other windows, for the same model and calibration, which is not
+        repeated; arguments as of the class."""
+        other = copy.copy(self)
+        other.batch = batch
+        other._read(text, window, limit)
+        return other
+
+    def _read(self, text: str, window: int, limit: int | None) -> None:
+        self.window = window
+        ids = self.source.ids(text)
+        self.all_windows = token_windows(ids, window)
+        self.windows = token_windows(ids, window, limit)
+        self._runs: dict[int, list[Tensor]] = {}
+        self._identity = {**self.source.identity, "text": digest(text), "window": window}
+
+    @property
     def prepared(self) -> Prepared:
         """The captured model with its calibration tokens; made when first needed."""
-        return prepare(self.model, self.calibration, self.tokenizer, self.options, self.bar)
+        return self.source.prepared
 
-    @functools.cached_property
+    @property
     def fits(self) -> Fits:
         """Formats and tables of every point."""
-        return Fits(self.prepared, self.options, self.bar)
+        return self.source.fits
 
     def identity(self, measure: str, point: Point, **more: Any) -> dict[str, Any]:
         """All that a value depends on."""
@@ -102,7 +103,7 @@ class Lab:
 
     def program(self, point: Point) -> Program:
         """The rewritten graph of a point that has pages."""
-        return self.fits.stored(point).program(self.prepared)
+        return self.source.program(point)
 
     def candidate(self, point: Point) -> tuple[Logits, Size]:
         """Logits of a point, every token read from its cache, and the cache's size."""
@@ -110,11 +111,7 @@ class Lab:
         if point.recipe == ORIGINAL:
             return original_logits(captured), lambda: (8.0 * captured.dtype.itemsize, None)
         if point.recipe in SIMULATED:
-            codec: FakeCodec = (
-                Bf16()
-                if point.recipe == BF16
-                else KVQuantReleased.fit(self.prepared.observed, point.whole())
-            )
+            codec = self.source.simulated(point)
             bits = mean_bits(layers, codec, self.window)
             return fake_logits(captured, layers, codec), lambda: (bits, None)
         logits, last = program_logits(captured, self.program(point))
@@ -123,16 +120,36 @@ class Lab:
     def scores(self, points: Sequence[Point]) -> list[Row]:
         """Perplexity and divergence on the text, the original first."""
         every = [ORIGINAL_POINT, *points]
-        if any(len(self._scored(point)) < len(self.windows) for point in every):
-            self._score(every)
+        self.score(points, len(self.windows))
         return [self._row(point) for point in every]
+
+    def score(self, points: Sequence[Point], count: int) -> None:
+        """Score the original and some points on the first ``count`` windows, where they are not
+        yet; results are kept as they come."""
+        every = (ORIGINAL_POINT, *points)
+        missing = [point for point in every if len(self._scored(point)) < count]
+        if not missing:
+            return
+        original = original_logits(self.prepared.captured)
+        candidates = {point: self.candidate(point) for point in missing}
+        starts = range(0, count, self.batch)
+        with torch.inference_mode():
+            for start in self.bar.each("score windows", starts, len(starts)):
+                group = self.windows[start : min(start + self.batch, count)]
+                due = [p for p in missing if len(self._scored(p)) < start + len(group)]
+                base = original(torch.cat(group))[:, :-1] if due else None
+                for point in due:
+                    assert base is not None
+                    known = len(self._scored(point)) - start  # of the group, from an earlier run
+                    self._score(point, *candidates[point], group[known:], base[known:])
 
     def needle(self, point: Point) -> Any:
         """Needle in a haystack, by depth."""
 
         def measure() -> Any:
             hay = torch.cat(self.all_windows, 1)[0]
-            cases = needle_cases(hay, self.tokenizer, self.window, seed=self.options.windows.seed)
+            seed = self.source.options.windows.seed
+            cases = needle_cases(hay, self.source.tokenizer, self.window, seed=seed)
             logits, _ = self.candidate(point)
             steps = self.bar.each(f"needle, {point.name}", cases, len(cases))
             return {"depths": needle_score(logits, steps)}
@@ -168,56 +185,61 @@ class Lab:
         if tokens not in self._runs:
             self.bar.stage("greedy continuations of the original")
             prompts = [ids[:, : max(1, self.window - tokens)] for ids in self.windows[:PROMPTS]]
-            self._runs[tokens] = continuations(self.model, prompts, tokens)
+            self._runs[tokens] = continuations(self.source.model, prompts, tokens)
         return self._runs[tokens]
 
     def _scored(self, point: Point) -> list[dict[str, float]]:
         value = self.results.get(self.identity("score", point))
         return [] if value is None else value["windows"]
 
-    def _score(self, points: Sequence[Point]) -> None:
-        """Run the windows that are missing; results are kept after each."""
-        count = len(self.windows)
-        missing = [point for point in points if len(self._scored(point)) < count]
-        original = original_logits(self.prepared.captured)
-        candidates = {point: self.candidate(point) for point in missing}
-        steps = self.bar.each("score windows", list(enumerate(self.windows)), count)
-        with torch.inference_mode():
-            for place, ids in steps:
-                due = [point for point in missing if len(self._scored(point)) == place]
-                if not due:
-                    continue
-                base = original(ids)[0, :-1]
-                for point in due:
-                    logits, size = candidates[point]
-                    found = compare(base, logits(ids)[0, :-1], ids[0, 1:].to(base.device))
-                    self._add(point, found.tolist(), size())
-
-    def _add(self, point: Point, found: list[float], size: tuple[float, int | None]) -> None:
-        window = dict(zip(("loss", "kl", "top1"), found, strict=True))
+    def _score(
+        self, point: Point, logits: Logits, size: Size, group: Sequence[Tensor], base: Tensor
+    ) -> None:
+        """Compare a point's logits of some windows with the original's."""
+        ids = torch.cat(list(group))
+        found, targets = logits(ids)[:, :-1], ids[:, 1:].to(base.device)
+        bits, total = size()
+        windows = [
+            dict(zip(("loss", "kl", "top1"), compare(*rows).tolist(), strict=True))
+            for rows in zip(base, found, targets, strict=True)
+        ]
         value = {
-            "effective_bits": size[0],
-            "cache_bytes": size[1],
-            "windows": [*self._scored(point), window],
+            "effective_bits": bits,
+            "cache_bytes": None if total is None else total // len(ids),
+            "windows": [*self._scored(point), *windows],
         }
         self.results.put(self.identity("score", point), value)
 
     def _row(self, point: Point) -> Row:
         value = self.results.get(self.identity("score", point))
-        count = len(self.windows)
-        found, base = (
-            _stacked(w[:count]) for w in (value["windows"], self._scored(ORIGINAL_POINT))
+        return scored_row(
+            point, value, self._scored(ORIGINAL_POINT), len(self.windows), self.window
         )
-        result = summary(found, base, count * (self.window - 1))
-        loss = 100 * math.expm1(float((found - base)[:, 0].mean()))
-        size = value["effective_bits"], value["cache_bytes"]
-        return Row(point.name, point.nominal, *size, result, loss)
 
 
-def _stacked(windows: Sequence[dict[str, float]]) -> Tensor:
+def scored_row(
+    point: Point,
+    value: Mapping[str, Any],
+    original: Sequence[Mapping[str, float]],
+    count: int,
+    window: int,
+) -> Row:
+    """A point's line of the table, from the value of its result.
+
+    Args:
+        point: what was scored.
+        value: of its result, with at least ``count`` windows.
+        original: the original's windows, the same ones.
+        count: windows to look at, the first ones.
+        window: tokens of one.
+    """
+    found, base = (_stacked(w[:count]) for w in (value["windows"], original))
+    result = summary(found, base, count * (window - 1))
+    loss = 100 * math.expm1(float((found - base)[:, 0].mean()))
+    size = value["effective_bits"], value["cache_bytes"]
+    return Row(point.name, point.nominal, *size, result, loss)
+
+
+def _stacked(windows: Sequence[Mapping[str, float]]) -> Tensor:
     """float64 [W, 3], as ``compare`` gives a window."""
     return torch.tensor([[w["loss"], w["kl"], w["top1"]] for w in windows], dtype=torch.float64)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -6,9 +6,10 @@ whole, so that an interruption leaves the last complete state.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Results:
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._items: dict[str, dict[str, Any]] = {}
+        self._held = False
         if self.path is not None and self.path.exists():
             for item in _read(self.path)["results"]:
                 self._items[_key(item["identity"])] = item
@@ -43,6 +45,20 @@ class Results:
     def put(self, identity: Mapping[str, Any], value: Any) -> None:
         """Add or replace a value, and write the file."""
         self._items[_key(identity)] = {"identity": dict(identity), "value": value}
+        if not self._held:
+            self._write()
+
+    @contextlib.contextmanager
+    def written_once(self) -> Iterator[None]:
+        """Whatever is put inside is written once, at the end, also if that comes early."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._write()
+
+    def _write(self) -> None:
         if self.path is not None:
             partial = self.path.with_name(self.path.name + ".partial")
             partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")

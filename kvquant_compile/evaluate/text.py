@@ -48,11 +48,20 @@ def text_windows(text: str, tokenizer: Any, tokens: int, limit: int | None = Non
     Raises:
         OptionError: the text is shorter than one window, or the limit is below 1.
     """
+    return token_windows(token_ids(text, tokenizer), tokens, limit)
+
+
+def token_ids(text: str, tokenizer: Any) -> Tensor:
+    """A whole text without special tokens, int64 [N]."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def token_windows(ids: Tensor, tokens: int, limit: int | None = None) -> list[Tensor]:
+    """:func:`text_windows` of a text's ids int64 [N]."""
     if limit is not None and limit < 1:
         raise OptionError(
             f"a limit of {limit} windows", why="nothing would be scored", do="Pass 1 or more."
         )
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     count = ids.numel() // tokens
     if tokens < 2 or count == 0:
         raise OptionError(

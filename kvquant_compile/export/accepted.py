@@ -40,6 +40,12 @@ def check_exportable(state: Installed) -> None:
             "Load it with dtype=torch.float32 on the CPU and optimize it there; a saved artifact "
             "is not bound to either.",
         )
+    sites = [site for layer in state.layers for site in layer.plan.attends]
+    if any(site.selects or site.query_sinks or site.bias_extent for site in sites):
+        raise _refusal(
+            "its queries compute biases or sinks, or choose the keys that they attend to",
+            "Export another model; such attention runs in torch only.",
+        )
     known = (*_TOKEN_INPUTS, *STEP_INPUTS)
     unknown = [
         name for name in program.inputs

@@ -83,10 +83,17 @@ def layer_facts(kind: Sequence[LayerReport]) -> list[Fact]:
     found.append(Fact("proof", proof(kind)))
     if layer.refusal:
         found.append(Fact("keys kept rotated", layer.refusal))
-    found.append(Fact("keys stored", str(layer.plan["keys_stored"])))
+    found.append(Fact("keys stored", str(layer.plan["keys_stored"]) + _moved(layer)))
     runs = runs_by(layer)
     unsaid = layer.fallback and layer.fallback not in runs
     return [*found, Fact("runs", f"{runs}: {layer.fallback}" if unsaid else runs)]
+
+
+def _moved(layer: LayerReport) -> str:
+    """What stood behind the rotation of keys and was moved."""
+    moved = layer.certificate.get("moved", {})
+    norm = ", behind their norm" if moved.get("norm") else ""
+    return norm + (", their weights moved to the query" if moved.get("weights_to_query") else "")
 
 
 def proof(kind: Sequence[LayerReport]) -> str:
@@ -159,7 +166,8 @@ def mask(layer: LayerReport) -> str:
     sizes = {"window": layer.window, "chunks of": layer.chunk}
     parts = [f"{name} {size}" for name, size in sizes.items() if size] or ["causal"]
     parts += [f"cap {layer.softcap:g}"] if layer.softcap else []
-    more = {"ALiBi": layer.position_bias, "chosen keys": layer.selects}
+    more = {"ALiBi": layer.position_bias, "chosen keys": layer.selects,
+            f"bias of {layer.bias_extent} distances": layer.bias_extent}  # fmt: skip
     return ", ".join(parts + [name for name, there in more.items() if there])
 
 

@@ -17,7 +17,7 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import LayerPlan
 
 REFERENCE, GENERATED = "reference op", "generated kernel"
-NO_KERNEL = "no kernels for position biases and chunked attention"
+NO_KERNEL = "no kernels for position biases, chunks and chosen keys"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class LayerReport:
         window, softcap, chunk: of the attention; 0 for none.
         position_bias: whether scores fall with the distance (ALiBi).
         selects: whether every query attends to keys of its choice only (sparse attention).
+        bias_extent: distances for which every query computes a bias of its scores.
         recipe: name of the format.
         key_bits, value_bits: width of a code; of a recipe made of blocks, its own effective bits.
         slots: outlier slots of keys and values; "-" for such a recipe.
@@ -75,6 +76,7 @@ class LayerReport:
     chunk: int = 0
     position_bias: bool = False
     selects: bool = False
+    bias_extent: int = 0
     sites: Mapping[str, str] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
 
@@ -86,7 +88,8 @@ def layer_report(
     plan = layer.plan
     site, cert = plan.attends[0], plan.certificate
     key_bits, value_bits, slots = _widths(layout)
-    special = bool(site.chunk or site.position_bias or site.selects)
+    own = site.selects or site.query_sinks or site.bias_extent
+    special = bool(site.chunk or site.position_bias or own)
     fallback = refusal(layout, device) or (NO_KERNEL if special else "")
     channels = plan.key_dim + plan.value_dim - plan.latent
     return LayerReport(
@@ -116,6 +119,7 @@ def layer_report(
         chunk=site.chunk,
         position_bias=site.position_bias,
         selects=site.selects,
+        bias_extent=site.bias_extent,
         sites=_sites(layer),
         plan=_plan(plan, layout),
     )

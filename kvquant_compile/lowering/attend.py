@@ -9,7 +9,7 @@ All arithmetic is float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -78,6 +78,12 @@ class Site:
     slopes: Tensor | None = None
     chunk: int = 0
     selected: Tensor | None = None
+    distance_logits: Tensor | None = None
+
+    @property
+    def biased(self) -> bool:
+        """Whether something is added to scores by the distance of their tokens."""
+        return self.slopes is not None or self.distance_logits is not None
 
 
 def attend(
@@ -98,8 +104,8 @@ def attend(
         value: [B, H, S, value_dim], the step's own values.
         slots, history: see :mod:`kvquant_compile.lowering.ops`; padding gets zeros and -inf.
         cache: the layer's cache, the step already appended.
-        site: scale, softcap, window, sink logits, slopes of a position bias, length of chunks, and
-            which slots every query may see.
+        site: scale, softcap, window, sink logits, slopes or logits of a position bias, length of
+            chunks, and which slots every query may see.
         exact_chunk: read the step's own tokens exactly instead of from the cache, whose last
             tokens (:attr:`CacheView.recent`) are exact for every query by itself.
 
@@ -136,12 +142,8 @@ def attend(
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
         state.merge(slice(None), *(x.unflatten(1, groups) for x in own))
-    elif exact_chunk:
-        _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
-    elif recent:
-        near = replace(site, window=min(recent, site.window or recent))
-        turned = reorder(key, cache.geometry[1])
-        _attend_own(state, grouped, turned, value, slots, near, block=QUERY_TILE)
+    elif exact_chunk or recent:
+        _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site, recent)
     output, lse = state.result(site.sink_logits)
     return (
         output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous(),
@@ -220,15 +222,17 @@ def _attend_own(
     value: Tensor,
     slots: Tensor,
     site: Site,
-    block: int = BLOCK_PAGES * PAGE_TOKENS,
+    recent: int,
 ) -> None:
-    """The step's own tokens, exact, causal by column; so many keys at a time."""
+    """The step's own tokens, exact, causal by column; a query's last ``recent`` if not 0."""
+    window = min(recent, site.window or recent) if recent else site.window
+    block = QUERY_TILE if recent else BLOCK_PAGES * PAGE_TOKENS
     steps = torch.arange(slots.shape[1], device=slots.device)
     for start in range(0, slots.shape[1], block):
         own = slots[:, start : start + block]
         seen = (steps[start : start + block] <= steps[:, None]) & (own >= 0)[:, None]
-        if site.window:
-            seen = seen & (own[:, None] > slots[..., None] - site.window)
+        if window:
+            seen = seen & (own[:, None] > slots[..., None] - window)
         if site.chunk:
             seen = seen & same_chunk(slots[..., None], own[:, None], site.chunk)
         if site.selected is not None:
@@ -249,10 +253,21 @@ def _bias(site: Site, slots: Tensor, places: Tensor, groups: tuple[int, int]) ->
         places: slots of the keys, [B or 1, N].
         groups: kv heads, queries per kv head.
     """
-    if site.slopes is None:
+    if not site.biased:
         return None
     distance = (places[:, None, :] - slots[..., None])[:, None, None]
+    if site.distance_logits is not None:
+        return _by_distance(site.distance_logits.unflatten(1, groups).float(), -distance)
+    assert site.slopes is not None
     return site.slopes.view(1, *groups, 1, 1) * distance
+
+
+def _by_distance(logits: Tensor, distance: Tensor) -> Tensor:
+    """logits [B, H, G, S, extent] at distances [B, 1, 1, S, N]; 0 beyond their extent."""
+    extent = logits.shape[-1]
+    near = (distance >= 0) & (distance < extent)
+    index = torch.where(near, distance, 0).long()
+    return torch.where(near, logits.gather(-1, index.expand(*logits.shape[:-1], -1)), 0.0)
 
 
 def _update(

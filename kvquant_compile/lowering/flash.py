@@ -34,7 +34,7 @@ def history_by_flash(
     Returns:
         Whether it could: not where a site does more to scores than scale them.
     """
-    steps, plain = query.shape[3], not site.softcap and site.slopes is None
+    steps, plain = query.shape[3], not site.softcap and not site.biased
     if steps <= PREFILL_STEPS or not plain:
         return False
     keys, values = keys.to(query.dtype), values.to(query.dtype)
@@ -56,7 +56,7 @@ def own_by_flash(
         output [B, Hq, S, D] and log-sum-exp [B, Hq, S]; None where it cannot: it does plain causal
         attention of several tokens, none of them padding.
     """
-    special = site.slopes is not None or site.selected is not None
+    special = site.biased or site.selected is not None
     plain = not (site.softcap or site.window or site.chunk or special)
     if slots.shape[1] == 1 or not plain or not bool((slots >= 0).all()):
         return None

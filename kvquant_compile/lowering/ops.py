@@ -14,6 +14,9 @@ Both take the cache as plain tensors, so that graphs can be exported, compiled a
 * ``chunk``: a query sees the keys of its own chunk of so many slots only; 0 for no chunks.
 * ``selected``: bool [B, S, n], which slots every query may attend to at all; n at least the tokens
   of the longest sequence.
+* ``sink_logits``: [Hq], or [B, Hq, S, 1] where every query has its own.
+* ``distance_logits``: [B, Hq, S, extent]; a query's scores of the keys 0, 1, ... extent - 1 slots
+  before it change by these.
 * ``slopes``: float32 [Hq]; a score changes by ``slope * (key's slot - query's)`` (ALiBi).
 """
 
@@ -40,7 +43,8 @@ _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor history, Tensor table,"
     " Tensor positions, Tensor[] pages, Tensor sinks, Tensor[] tables, Tensor[] geometry,"
     " Tensor? sink_logits, float scale, float softcap, int window, bool exact_chunk, str format,"
-    " Tensor? slopes=None, int chunk=0, Tensor? selected=None) -> (Tensor, Tensor)"
+    " Tensor? slopes=None, int chunk=0, Tensor? selected=None,"
+    " Tensor? distance_logits=None) -> (Tensor, Tensor)"
 )
 
 
@@ -84,12 +88,15 @@ def _attend_impl(
     slopes: Tensor | None = None,
     chunk: int = 0,
     selected: Tensor | None = None,
+    distance_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
-    site = _attend.Site(scale, softcap, window, sink_logits, slopes, chunk, selected)
+    extras = slopes, chunk, selected, distance_logits
+    site = _attend.Site(scale, softcap, window, sink_logits, *extras)
     # Few tokens are all among the last of each other.
     exact_chunk = exact_chunk or query.shape[2] <= cache.recent
-    plain = slopes is None and selected is None and not chunk
+    of_queries = sink_logits is not None and sink_logits.ndim > 1
+    plain = not site.biased and selected is None and not chunk and not of_queries
     run = (_cpp.attend_implementation(query, format) if plain else None) or _attend.attend
     if plain and _dispatch.use_kernels(query, format):
         run = _dispatch.attend

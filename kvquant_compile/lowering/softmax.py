@@ -48,12 +48,14 @@ class OnlineSoftmax:
         """Outputs [B, H, G, S, D] and log-sum-exps [B, H, G, S]; zeros where nothing was seen.
 
         Args:
-            sink_logits: learned logits [Hq] that take part in the softmax with no value.
+            sink_logits: logits [Hq], or of every query [B, Hq, S, 1], that take part in the
+                softmax with no value.
         """
         mass, peak = self.mass, self.peak
         shift = torch.where(peak == -torch.inf, 0.0, peak)
         if sink_logits is not None:
-            logit = sink_logits.float().reshape(1, *mass.shape[1:3], 1)
+            shape = (1, *mass.shape[1:3], 1) if sink_logits.ndim == 1 else mass.shape
+            logit = sink_logits.float().reshape(shape)
             mass = mass + (logit - shift).exp()
         output = self.total / torch.where(mass > 0, mass, 1.0)[..., None]
         return output, shift + mass.log()

@@ -23,6 +23,7 @@ from kvquant_compile.memory.allocated import Allocated, allocated
 from kvquant_compile.memory.formulas import BATCH, CONTEXT
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.installed import Installed, installed
+from kvquant_compile.runtime.states import recurrent_bytes
 
 # Steps of fewer tokens are measured as they are, longer ones lie on the line of these two: here
 # every inner loop of the ops has tiles of full size.
@@ -135,7 +136,7 @@ class _Probe:
         step = self._step(cache)
         with torch.no_grad():
             found = allocated(step, self.state.program.device)
-        states = sum(layer_bytes(layer) for layer in cache.recurrent_layers())
+        states = recurrent_bytes(cache.states)
         self.states = states // self.batch
         return Allocated(found.peak - states, found.kept - states)
 
@@ -161,9 +162,3 @@ class _Probe:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = 1
         return lambda: model(input_ids=ids, **given)
-
-
-def layer_bytes(layer: Any) -> int:
-    """Bytes of a recurrent layer's states."""
-    tensors = (*layer.conv_states.values(), *layer.recurrent_states.values())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -112,6 +112,7 @@ def head_losses(trip: Trip, seen: Observed, part: str) -> Tensor:
         raise no_gradients()
     some = x[None, :, :PROXY_TOKENS].float()
     error = (trip(some) - some)[0]
+    grad = grad.float()
     moment = grad.transpose(1, 2) @ grad / grad.shape[1]
     return 0.5 * (error * (error @ moment)).mean(1)
 

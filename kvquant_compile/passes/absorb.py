@@ -152,7 +152,7 @@ class _Expand:
         values = input_values(self.gm, 0, len(x), 1)
         values[self.latent], values[self.rotated] = x[None, None, :, :rank], x[None, None, :, rank:]
         with torch.no_grad():
-            run = Evaluator(self.gm, values, widen=True)
+            run = Evaluator(self.gm, values, widen=self.latent.meta["val"].dtype)
             key, value = (run(node)[0] for node in self.outputs if isinstance(node, fx.Node))
         return key, value
 

@@ -23,6 +23,8 @@ from kvquant_compile.capture.run import Evaluator
 from kvquant_compile.capture.stand_ins import input_values
 
 _TOKENS = 3
+# Sinks, slopes and bias of an attend marker: one for every query head.
+_OF_HEADS = (4, 10, 12)
 _NAME = "kvquant_heads_{}"
 aten = torch.ops.aten
 
@@ -60,6 +62,10 @@ def move_heads(gm: fx.GraphModule, append: fx.Node, attends: Sequence[fx.Node]) 
     for read in reads:
         if any(read.keys.count(head) != len(read.keys) // heads for head in range(heads)):
             raise NoHeadMap("its key heads are not read by equally many query heads")
+        given = dict(enumerate(read.attend.args))
+        own = any(given.get(place) is not None for place in _OF_HEADS)
+        if own and list(read.keys) != sorted(read.keys):
+            raise NoHeadMap("its query heads, which would move, have sinks or biases of their own")
     whole = _stored(gm, append, values)
     fakes = whole.meta["val"]
     key, value = (add_call(gm.graph, whole, operator.getitem, (whole, i), fakes[i]) for i in (0, 1))

@@ -16,15 +16,17 @@ from kvquant_compile.plan import AttendPlan
 _END = 2**63 - 1
 
 
-def attend_plan(attend: fx.Node) -> AttendPlan:
-    """Read an attend marker.
+def attend_plan(attend: fx.Node, logits: fx.Node | None = None) -> AttendPlan:
+    """Read an attend marker; ``logits`` [B, Hq, S, extent] are what its bias was proved to be.
 
     Raises:
         UnsupportedLayerError: its mask is no causal, sliding or chunked mask marker.
     """
     query, _, _, mask, sinks, layer, scaling, softcap, window, causal, *more = attend.args
-    slopes, selected = (*more, None, None)[:2]
+    slopes, selected, bias = (*more, None, None, None)[:3]
     assert isinstance(query, fx.Node)
+    assert (bias is None) == (logits is None)
+    of_queries = isinstance(sinks, fx.Node) and float_value(sinks).ndim > 1
     where = f"layer {layer}, {source_line(attend) or 'of unknown source'}"
     kind, size = mask_window(mask, causal=bool(causal), window=window, where=where)
     return AttendPlan(
@@ -33,9 +35,11 @@ def attend_plan(attend: fx.Node) -> AttendPlan:
         softcap=float(softcap),  # type: ignore[arg-type]
         window=size if kind == SLIDING else 0,
         chunk=size if kind == CHUNKED else 0,
-        sink_logits=sinks is not None,
+        sink_logits=sinks is not None and not of_queries,
         position_bias=slopes is not None,
         selects=selected is not None,
+        query_sinks=of_queries,
+        bias_extent=0 if logits is None else int(float_value(logits).shape[3]),
     )
 
 

@@ -24,7 +24,7 @@ from kvquant_compile.passes.taint import (
     float_value,
     rotation_site,
     taint,
-    without_token_factor,
+    without_factors,
 )
 from kvquant_compile.plan import RopeSpec
 
@@ -78,11 +78,13 @@ class Prover:
 
     def prove_query(self, end: fx.Node) -> Proof:
         """As :meth:`prove`, for a query: a factor of every token of its own is part of the score
-        (ministral3 and llama4 scale queries by the logarithm of their position), and the order of
-        heads does not matter (:mod:`.head_maps`)."""
+        (ministral3 and llama4 scale queries by the logarithm of their position), so is one of
+        every channel (:mod:`.norms`); and the order of heads does not matter
+        (:mod:`.head_maps`)."""
+        end = without_factors(end, self.known)
         if end.target is torch.ops.aten.index_select.default and end.args[1] == 1:
             (end, _) = end.all_input_nodes
-        return self.prove(without_token_factor(end, self.known))
+        return self.prove(without_factors(end, self.known))
 
     def _prove(self, pre: fx.Node, layout: str, end: fx.Node) -> Proof:
         heads, _, width = float_value(end).shape[1:]
@@ -118,7 +120,7 @@ class Prover:
         pool = self.interpreter.pool
         row = torch.tensor([pool.intern(x) for x in channels])
         vector = row.expand(1, heads, 1, len(channels))
-        result = self.interpreter.run(pre, Symbolic(_from_heads(vector, layout)), end).index
+        result = self.interpreter.run(pre, Symbolic(from_heads(vector, layout)), end).index
         if result.shape != vector.shape:
             raise NotInterpretable(f"one token has shape {tuple(result.shape)} there")
         if not bool((result == result[:, :1]).all()):
@@ -152,9 +154,10 @@ class Prover:
         size = torch.rand(*shape[:3], 1, generator=generator) * 4 + 0.25
         x = (torch.randn(shape, generator=generator) * size).to(self.captured.device, like.dtype)
         values = input_values(self.captured.graph_module, _PROBE_START, _PROBE_TOKENS, _PROBE_BATCH)
-        values[pre] = _from_heads(x, layout)
+        values[pre] = from_heads(x, layout)
         with torch.no_grad():
-            got = Evaluator(self.captured.graph_module, values, widen=True)(end).float()
+            run = Evaluator(self.captured.graph_module, values, widen=self.captured.dtype)
+            got = run(end).float()
         positions = torch.arange(_PROBE_START, _PROBE_START + _PROBE_TOKENS, device=x.device)
         expected = apply_rope(x, positions, spec)
         error = float((got - expected).abs().max() / expected.abs().max())
@@ -180,7 +183,7 @@ def _layout(pre: fx.Node, end: fx.Node) -> str:
     raise NotInterpretable(f"the tensor before it has shape {shape}, which is no head layout")
 
 
-def _from_heads(x: Tensor, layout: str) -> Tensor:
+def from_heads(x: Tensor, layout: str) -> Tensor:
     """[B, H, S, D] in the layout of the path's first node."""
     if layout == "bhsd":
         return x

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ import transformers
 from torch import fx
 
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.capture.edit import add_call, add_transpose
+from kvquant_compile.capture.edit import add_call, add_transpose, sort_topologically
 from kvquant_compile.capture.markers import APPEND, ATTEND
 from kvquant_compile.logs import logger
 from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.absorb import LATENT, absorb
+from kvquant_compile.passes.distance_bias import DistanceBias, distance_bias
 from kvquant_compile.passes.masks import attend_plan
-from kvquant_compile.passes.norms import commute_norms
+from kvquant_compile.passes.norms import MOVED, UNMOVED, commute_norms
 from kvquant_compile.passes.prove import Proof, Prover
 from kvquant_compile.passes.taint import float_value
 from kvquant_compile.plan import LayerPlan, RopeSpec
@@ -36,6 +38,8 @@ class MatchedLayer:
             added for it): rewrite before eliminating dead code.
         key, value: what the append marker is given.
         attends: the attend markers that read this layer, in graph order.
+        logits: attend marker -> what its queries add to scores by distance, [B, Hq, S, extent];
+            of those with such a bias. It may have no users yet either.
     """
 
     plan: LayerPlan
@@ -44,6 +48,7 @@ class MatchedLayer:
     key: fx.Node
     value: fx.Node
     attends: tuple[fx.Node, ...]
+    logits: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"MatchedLayer({self.plan!r}, stores {self.key_pre} and {self.value})"
@@ -70,6 +75,7 @@ def recognise(captured: Captured, observer: Observer = SILENT) -> tuple[MatchedL
         _match(prover, graph, append)
         for append in graph.find_nodes(op="call_function", target=APPEND)
     )
+    sort_topologically(graph)
     graph.lint()
     captured.graph_module.recompile()
     observer.graph("recognised", captured.graph_module)
@@ -84,9 +90,12 @@ def _match(prover: Prover, graph: fx.Graph, append: fx.Node) -> MatchedLayer:
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
     attends = _readers(graph, append)
+    biases = {a: b for a in attends if (b := distance_bias(prover.captured, prover.known, a))}
+    logits = {attend: bias.logits for attend, bias in biases.items()}
     proof = prover.prove(key)
     refusal = proof.refusal or _query_refusal(prover, proof, attends)
     if refusal:
+        refusal = "; ".join(filter(None, (refusal, append.meta.get(UNMOVED))))
         proof = replace(proof, pre=key, layout="bhsd", spec=None, refusal=refusal)
     kv_heads, key_dim = (int(float_value(key).shape[i]) for i in (1, 3))
     plan = LayerPlan(
@@ -95,13 +104,13 @@ def _match(prover: Prover, graph: fx.Graph, append: fx.Node) -> MatchedLayer:
         key_dim=key_dim,
         value_dim=int(float_value(value).shape[3]),
         rope=proof.spec,
-        attends=tuple(map(attend_plan, attends)),
-        certificate=_certificate(proof),
+        attends=tuple(attend_plan(attend, logits.get(attend)) for attend in attends),
+        certificate=_certificate(proof, append, biases.values()),
         refusal=refusal,
         latent=int(append.meta.get(LATENT, 0)),
     )
     key_pre = _in_head_layout(graph, proof, kv_heads, key_dim)
-    return MatchedLayer(plan, append, key_pre, key, value, attends)
+    return MatchedLayer(plan, append, key_pre, key, value, attends, logits)
 
 
 def _readers(graph: fx.Graph, append: fx.Node) -> tuple[fx.Node, ...]:
@@ -135,9 +144,12 @@ def _turn_together(key: RopeSpec, query: RopeSpec) -> bool:
     return turns[0] == turns[1]
 
 
-def _certificate(proof: Proof) -> dict[str, Any]:
+def _certificate(proof: Proof, append: fx.Node, biases: Iterable[DistanceBias]) -> dict[str, Any]:
+    moved, proved = append.meta.get(MOVED), [bias.evidence for bias in biases]
     return {
         **proof.evidence,
+        **({"moved": moved} if moved else {}),
+        **({"distance_bias": proved} if proved else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -117,7 +117,8 @@ def _rewrite_layer(
     cache = (step["slots"], step["history"], step["table"], step["positions"], pages, sinks,
              tables, geometry)  # fmt: skip
     for old, plan in zip(layer.attends, layer.plan.attends, strict=True):
-        _replace_attend(graph, copies[old], (key, value, *cache), plan, step, constants)
+        logits = copies[layer.logits[old]] if old in layer.logits else None
+        _replace_attend(graph, copies[old], (key, value, *cache), plan, step, constants, logits)
 
 
 def _replace_attend(
@@ -127,15 +128,17 @@ def _replace_attend(
     plan: AttendPlan,
     step: Mapping[str, fx.Node],
     constants: LayerConstants,
+    logits: fx.Node | None,
 ) -> None:
     query, sink_logits = old.args[0], old.args[4]
     slopes, selected = (*old.args[10:], None, None)[:2]
     with graph.inserting_before(old):
+        slots = None
         if plan.selects:
-            args = (selected, step["slot_columns"])
-            extra: tuple[Any, ...] = (slopes, plan.chunk, graph.call_function(selected_slots, args))
-        else:
-            extra = (slopes, plan.chunk) if plan.chunk else (slopes,) if plan.position_bias else ()
+            slots = graph.call_function(selected_slots, (selected, step["slot_columns"]))
+        extra: list[Any] = [slopes, plan.chunk, slots, logits]
+        while extra and not extra[-1]:
+            extra.pop()
         new = graph.call_function(
             ops.attend,
             (query, *operands, sink_logits, plan.scale, plan.softcap, plan.window,

@@ -150,8 +150,9 @@ def float_value(node: fx.Node) -> torch.Tensor:
     return value
 
 
-def without_token_factor(end: fx.Node, known: Taint) -> fx.Node:
-    """What a tensor is before its products with tables of one number per token.
+def without_factors(end: fx.Node, known: Taint) -> fx.Node:
+    """What a tensor is before its products with tables of one number per token, and with
+    constants of one number per channel.
 
     Casts are walked over only on the way to such a product: without one, the tensor itself is
     returned, whose dtype says how exactly the rotation was computed.
@@ -162,10 +163,24 @@ def without_token_factor(end: fx.Node, known: Taint) -> fx.Node:
         if op_name(node) in CASTS and len(inputs) == 1 and inputs[0] in known.data:
             node = inputs[0]
             continue
-        factors = [i for i in inputs if i in known.tables and float_value(i).shape[-1] == 1]
+        factors = [i for i in inputs if is_per_token(i, known) or per_channel(i, known, node)]
         others = [i for i in inputs if i not in factors]
         single = op_name(node) == "mul" and len(factors) == len(others) == 1
         if not single or others[0] not in known.data:
             break
         node = found = others[0]
     return found
+
+
+def is_per_token(node: fx.Node, known: Taint) -> bool:
+    """Whether a node is a table of one number for every token."""
+    return node in known.tables and float_value(node).shape[-1] == 1
+
+
+def per_channel(node: fx.Node, known: Taint, like: fx.Node) -> bool:
+    """Whether a node is a constant with one number for every channel of ``like``'s last axis."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or node in known.data or node in known.tables:
+        return False
+    shape = list(value.shape)
+    return bool(shape) and shape == [1] * (len(shape) - 1) + [float_value(like).shape[-1]]

@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttention
 
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.errors import CacheError
+from kvquant_compile.runtime import states
 from kvquant_compile.runtime.cache_checks import (
     check_alive,
     check_batch,
@@ -257,8 +258,7 @@ class QuantizedCache(Cache):
         with self.undividable("choosing sequences"):
             self.paged.select(rows)
             self.masks.select(rows)
-            for state in self.state_layers():
-                state.reorder_cache(rows)  # type: ignore[arg-type]
+            states.select_rows(self.states, rows)
         if fewer:
             self.paged.compact()
 
@@ -299,8 +299,7 @@ class QuantizedCache(Cache):
             self.paged.lend(other.paged, rows)
             other.masks = self.masks.copied(rows)
             other.states = copy.deepcopy(self.states)
-            for state in other.state_layers():
-                state.reorder_cache(rows)  # type: ignore[arg-type]
+            states.select_rows(other.states, rows)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedCache:
@@ -311,7 +310,8 @@ class QuantizedCache(Cache):
         """Write the cache to a safetensors file, which :func:`kvquant_compile.load_cache` reads.
 
         Raises:
-            CacheError: the cache belongs to no optimised model, or can no longer be used.
+            CacheError: the cache belongs to no optimised model, can no longer be used, or keeps
+                states in a class of the model's own.
             ArtifactError: the file cannot be written.
         """
         from kvquant_compile.runtime.saved import save
@@ -340,29 +340,19 @@ class QuantizedCache(Cache):
     def nbytes(self) -> int:
         """Every byte the cache has allocated: pages, exact tokens, block table, positions,
         recurrent states and the keys of indices."""
-        kept = [
-            tensor
-            for state in self.recurrent_layers()
-            for tensor in (*state.conv_states.values(), *state.recurrent_states.values())
-        ] + [layer.indexer_keys for layer in self.indexed_layers()]
-        return self._paged_bytes() + sum(t.nbytes for t in kept if t is not None)
+        kept = states.recurrent_bytes(self.states) + states.index_bytes(self.states)
+        return self._paged_bytes() + kept
 
     def _paged_bytes(self) -> int:
         return self.paged.nbytes() + self.masks.nbytes()
 
-    def state_layers(self) -> list[LinearAttentionLayer | DynamicIndexedLayer]:
-        """The layers that keep something besides keys and values."""
-        return [*self.recurrent_layers(), *self.indexed_layers()]
-
     def recurrent_layers(self) -> list[LinearAttentionLayer]:
         """The layers that keep a recurrent state, in order."""
-        layers = [] if self.states is None else self.states.layers
-        return [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+        return states.recurrent_layers(self.states)
 
     def indexed_layers(self) -> list[DynamicIndexedLayer]:
         """The layers that keep an index of their tokens (sparse attention), in order."""
-        layers = [] if self.states is None else self.states.layers
-        return [layer for layer in layers if isinstance(layer, DynamicIndexedLayer)]
+        return states.indexed_layers(self.states)
 
     def effective_bits(self) -> float:
         """Allocated bits per cached key or value element; recurrent states and indices, which

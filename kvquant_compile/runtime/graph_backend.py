@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvquant_compile.lowering.triton.dispatch import refusal as kernel_refusal
 from kvquant_compile.runtime.program import Program
-from kvquant_compile.runtime.torch_internals import abandon_pool
+from kvquant_compile.runtime.torch_internals import abandon_pool, end_random_capture
 
 Body = Callable[[], Tensor]
 
@@ -125,11 +125,17 @@ def _capture(graph: torch.cuda.CUDAGraph, body: Body, device: torch.device, pool
         try:
             graph.capture_end()
         except RuntimeError:  # the capture is invalid, as after waiting for the device
-            abandon_pool(device, pool)
+            _abandon(device, pool)
         raise
     try:
         graph.capture_end()
     except RuntimeError:
-        abandon_pool(device, pool)
+        _abandon(device, pool)
         raise
     return output
+
+
+def _abandon(device: torch.device, pool: Any) -> None:
+    """Undo what a capture that could not be ended left behind in torch."""
+    abandon_pool(device, pool)
+    end_random_capture(device)

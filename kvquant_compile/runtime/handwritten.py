@@ -23,6 +23,7 @@ from kvquant_compile.errors import CacheError, OptionError
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import in_chunks
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed
+from kvquant_compile.runtime.switched import follow_adapters
 
 _TRAINING = "the model is in training mode and runs unquantised"
 
@@ -68,7 +69,7 @@ def _inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _run(state: Installed, ids: Tensor, cache: QuantizedCache) -> Tensor:
-    state.adapters.check()
+    follow_adapters(state, ids.shape[1])
 
     def run(span: slice) -> Tensor:
         part, start = ids[:, span], cache.columns

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError
 from kvquant_compile.logs import logger
 from kvquant_compile.passes.recognise import MatchedLayer
-from kvquant_compile.runtime.adapters import Adapters
+from kvquant_compile.runtime.adapters import Adapters, unwrapped
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import PREFILL_CHUNK
 from kvquant_compile.runtime.decode_graph import DecodeGraphs
@@ -21,6 +23,15 @@ from kvquant_compile.runtime.program import Program
 
 ATTRIBUTE = "_kvquant"
 _log = logger("runtime")
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """The model in one state of its adapters; attributes as of :class:`Installed`."""
+
+    captured: Captured
+    layers: tuple[MatchedLayer, ...]
+    program: Program
 
 
 @dataclass(eq=False)
@@ -40,7 +51,9 @@ class Installed:
         quiet: no warnings, while the library itself runs the original.
         before: instance attributes that the installed ones replace (a hook's own forward).
         own_cache: the cache of a decoder that keeps its cache itself.
-        adapters: the model's adapters, as they were captured.
+        adapters: the model's layers that have adapters.
+        adapted: how the adapters stand in ``program``.
+        variants: what it was in their other states.
         decode: runs the program's steps.
     """
 
@@ -55,15 +68,46 @@ class Installed:
     quiet: bool = False
     before: dict[str, Any] = field(default_factory=dict)
     own_cache: QuantizedCache | None = None
+    variants: dict[Hashable, Variant] = field(default_factory=dict)
     adapters: Adapters = field(init=False)
+    adapted: Hashable = field(init=False)
     decode: DecodeGraphs = field(init=False)
 
     def __repr__(self) -> str:
         return f"Installed({self.program!r}, {self.artifact!r})"
 
     def __post_init__(self) -> None:
-        self.adapters = Adapters(self.captured.model)
+        self.adapters = Adapters(self.captured.model, self.captured.graph_module)
+        self.adapted = self.adapters.state()
         self.decode = DecodeGraphs(self.program, self.warn_once)
+
+    def become(self, variant: Variant, adapted: Hashable) -> None:
+        """Run the model as it is in another state of its adapters."""
+        self.captured, self.layers = variant.captured, variant.layers
+        self.program, self.adapted = variant.program, adapted
+        enabled = self.cuda_graphs
+        self.decode = DecodeGraphs(self.program, self.warn_once)
+        self.cuda_graphs = enabled
+
+    def replaced(self) -> list[tuple[nn.Module, str]]:
+        """The instance attributes that optimising the model sets."""
+        of_model = "_prepare_cache_for_generation", "init_continuous_batching"
+        captured = self.captured
+        return [(captured.backbone, "forward"), *((captured.model, name) for name in of_model)]
+
+    @contextmanager
+    def taken_out(self) -> Iterator[None]:
+        """The model's own behaviour inside the block."""
+        ours = [(m, name, m.__dict__[name]) for m, name in self.replaced() if name in m.__dict__]
+        for module, name, _ in ours:
+            del module.__dict__[name]
+            if name in self.before:
+                module.__dict__[name] = self.before[name]
+        try:
+            yield
+        finally:
+            for module, name, value in ours:
+                module.__dict__[name] = value
 
     @property
     def cuda_graphs(self) -> bool:
@@ -96,12 +140,12 @@ class Installed:
 
 
 def installed(model: nn.Module) -> Installed:
-    """The state of an optimised model.
+    """The state of an optimised model, or of the one that an adapters' wrapper holds.
 
     Raises:
         OptionError: the model is not optimised.
     """
-    state = model.__dict__.get(ATTRIBUTE)
+    state = unwrapped(model).__dict__.get(ATTRIBUTE)
     if state is None:
         raise OptionError(
             f"{type(model).__name__} is not optimised",

@@ -26,8 +26,14 @@ from kvquant_compile.runtime.given_mask import padding_of
 from kvquant_compile.runtime.handwritten import handwritten_forward, shelve, unshelve
 from kvquant_compile.runtime.installed import ATTRIBUTE, Installed, installed
 from kvquant_compile.runtime.program import Program
+from kvquant_compile.runtime.switched import follow_adapters
 
 _log = logger("runtime")
+# Arguments of a backbone that the program reads, or that change no hidden state.
+_READ = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache",
+    "return_dict", "cache_position", "logits_to_keep", "labels", "num_items_in_batch",
+}  # fmt: skip
 
 
 def output_type(captured: Captured) -> type | None:
@@ -43,7 +49,7 @@ def install(model: nn.Module, state: Installed, output_type: type | None) -> Non
     """Put the program behind the model; ``output_type`` is what its backbone returns."""
     backbone: Any = state.captured.backbone
     network: Any = model
-    for module, name in _replaced(state):
+    for module, name in state.replaced():
         if name in module.__dict__:
             state.before[name] = module.__dict__[name]
     if state.captured.convention == "transformers":
@@ -67,19 +73,12 @@ def uninstall(model: nn.Module) -> None:
     """Give the model its own behaviour back."""
     state = installed(model)
     unshelve(state)
-    for module, name in _replaced(state):
+    for module, name in state.replaced():
         module.__dict__.pop(name, None)
         if name in state.before:
             module.__dict__[name] = state.before[name]
         module.__dict__.pop(ATTRIBUTE, None)
     _log.info("%s runs as it was", type(model).__name__)
-
-
-def _replaced(state: Installed) -> list[tuple[nn.Module, str]]:
-    """The instance attributes that optimising a model sets."""
-    captured = state.captured
-    of_model = "_prepare_cache_for_generation", "init_continuous_batching"
-    return [(captured.backbone, "forward"), *((captured.model, name) for name in of_model)]
 
 
 def _backbone_forward(
@@ -90,16 +89,16 @@ def _backbone_forward(
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        given.update(given.pop("kwargs", {}))
+        given = _given(signature, args, kwargs)
         cache = given.get("past_key_values")
         reason = _why_original(backbone, state, given, cache)
         if reason is not None:
             if reason:
                 state.warn_once(reason)
             return original(*args, **kwargs)
-        state.adapters.check()
+        follow_adapters(state, _tokens(given).shape[1])
         _refuse_unsupported(backbone, given)
+        _refuse_unread(backbone, signature, given)
         if cache is None and not _wants_cache(backbone, given):
             _refuse_packed(given)
         owned = cache if cache is not None else state.program.new_cache()
@@ -109,6 +108,17 @@ def _backbone_forward(
         return result if given.get("return_dict", True) is not False else result.to_tuple()
 
     return forward
+
+
+def _given(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A call's arguments by name."""
+    given = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 def _wants_cache(backbone: Any, given: dict[str, Any]) -> bool:
@@ -149,6 +159,23 @@ def _refuse_unsupported(backbone: Any, given: dict[str, Any]) -> None:
         )
 
 
+def _refuse_unread(backbone: Any, signature: inspect.Signature, given: dict[str, Any]) -> None:
+    """Raise for inputs that the program does not read and the original might: encoder states,
+    token types, the features of images."""
+    for name, value in given.items():
+        known = signature.parameters.get(name)
+        read = name in _READ or (name == PER_LAYER and has_per_layer_inputs(backbone))
+        nothing = value is None or value is False or (known and value is known.default)
+        if read or nothing or name.startswith("output_"):
+            continue
+        raise OptionError(
+            f"{name} given to an optimised model",
+            where=type(backbone).__name__,
+            why="the graph was captured without it, so that it would be ignored",
+            do="Leave it out, or call kvquant_compile.restore(model) first.",
+        )
+
+
 def _refuse_packed(given: dict[str, Any]) -> None:
     """Raise where the original would take a row for several sequences: without a cache or a mask,
     and with positions that jump."""
@@ -163,12 +190,15 @@ def _refuse_packed(given: dict[str, Any]) -> None:
         )
 
 
+def _tokens(given: dict[str, Any]) -> Tensor:
+    return given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+
+
 def _run_backbone(
     backbone: Any, state: Installed, given: dict[str, Any], cache: QuantizedCache
 ) -> Tensor:
     """The last hidden state [B, S, width] of a step, which is run in parts where it is long."""
-    tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    batch, steps = tokens.shape[:2]
+    batch, steps = _tokens(given).shape[:2]
     past = cache.columns
     positions = _positions(given.get("position_ids"), batch, steps, cache)
     mask = padding_of(given.get("attention_mask"), past)

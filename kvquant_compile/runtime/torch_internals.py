@@ -23,3 +23,19 @@ def abandon_pool(device: torch.device, pool: Any) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         with contextlib.suppress(RuntimeError):
             end(index, pool)
+
+
+def end_random_capture(device: torch.device) -> None:
+    """After a CUDA graph's ``capture_end`` failed: let random numbers be drawn again.
+
+    torch 2.11 leaves the device's generator in capture mode, in which it refuses to be used; the
+    end of any later capture takes it out. So one follows, of a single fill, on the current stream.
+
+    Args:
+        device: of the capture.
+    """
+    held = torch.zeros(1, device=device)
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    held.zero_()
+    graph.capture_end()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvquant_compile.calib.data import vocabulary
 from kvquant_compile.capture.captured import Captured
@@ -76,7 +76,8 @@ def validate_lossless(captured: Captured, layers: Sequence[MatchedLayer]) -> dic
 
 
 def _advice(captured: Captured) -> str:
-    kinds = {type(p.detach()).__name__ for p in captured.model.parameters()} - {"Tensor"}
+    classes = {c for p in captured.model.parameters() for c in (type(p), type(p.detach()))}
+    kinds = {c.__name__ for c in classes - {Tensor, nn.Parameter}}
     if kinds:
         return (
             f"Its weights are quantised ({', '.join(sorted(kinds))}); where their layers round"
@@ -161,14 +162,12 @@ def _original(
     a past wrongly (``is_causal=True`` counts keys from the first), and capture went by their
     prefill.
     """
-    model: Any = captured.model
     if captured.decoder is not None:
         everything = ids if past is None else torch.cat([past, ids], 1)
         return captured.decoder.prefill(everything)[:, -ids.shape[1] :], everything
     if past is None:
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=model.config.get_text_config(decoder=True))
+        assert captured.caches is not None
+        past = captured.caches.new()
     backbone: Any = captured.backbone
     with attention_by(backbone, str(captured.evidence["reference"])):
         result = backbone(

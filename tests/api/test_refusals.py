@@ -26,7 +26,7 @@ from kvquant_compile import (
 )
 from kvquant_compile.capture import capture
 from kvquant_compile.passes.recognise import recognise
-from tests.zoo import VOCAB, decoder, tiny, tokens
+from tests.zoo import VOCAB, decoder, tiny, tokens, unproved
 
 TEXT = tokens(4, 64, seed=7)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -301,20 +301,18 @@ def test_models_that_cannot_be_captured() -> None:
 
 
 @pytest.fixture(scope="module")
-def hunyuan() -> Iterator[Untouched]:
-    return Untouched(tiny("hunyuan_v1_dense"))
+def unproven() -> Iterator[Untouched]:
+    return Untouched(unproved())
 
 
-def test_a_norm_after_rope_is_refused_by_name(hunyuan: Untouched) -> None:
-    hunyuan.refuses(UnsupportedLayerError, "layers 0, 1.*strict=False", calibration=TEXT)
+def test_a_norm_after_rope_is_refused_by_name(unproven: Untouched) -> None:
+    unproven.refuses(UnsupportedLayerError, "layers 0, 1.*strict=False", calibration=TEXT)
 
 
-def test_not_strict_warns_once_and_keeps_keys_rotated(hunyuan: Untouched) -> None:
+def test_not_strict_warns_once_and_keeps_keys_rotated(unproven: Untouched) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = kvquant_compile.optimize(
-            tiny("hunyuan_v1_dense"), bits=8, calibration=TEXT, strict=False
-        )
+        model = kvquant_compile.optimize(unproved(), bits=8, calibration=TEXT, strict=False)
     ours = [str(w.message) for w in caught if "kvquant_compile" in str(w.message)]
     assert len(ours) == 1
     assert "layers 0, 1" in ours[0]
@@ -322,7 +320,7 @@ def test_not_strict_warns_once_and_keeps_keys_rotated(hunyuan: Untouched) -> Non
     assert [layer.rope for layer in report.layers] == ["kept", "kept"]
     assert all(layer.refusal for layer in report.layers)
     assert "keys kept rotated" in str(report)
-    assert torch.equal(generated(model), hunyuan.text)
+    assert torch.equal(generated(model), unproven.text)
 
 
 def test_a_rewrite_that_is_wrong_is_not_installed(

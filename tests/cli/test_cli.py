@@ -63,7 +63,7 @@ def test_eval_prints_results_and_goes_on_from_them(
     assert kl["kvquant+", "3"] > 1e-3 > kl["bf16", ""] > 1e-6 > abs(kl["kvquant+", "16"])
     assert found["kvquant+", "3"]["cache_bytes"] < 0.3 * found["kvquant+", "16"]["cache_bytes"]
 
-    monkeypatch.setattr("kvquant_compile.evaluate.lab.prepare", None)
+    monkeypatch.setattr("kvquant_compile.evaluate.source.prepare", None)
     assert run(*command)[:2] == (0, out)
 
 

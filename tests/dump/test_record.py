@@ -15,7 +15,7 @@ from kvquant_compile.observer import SILENT
 from kvquant_compile.runtime.installed import ATTRIBUTE
 from tests.dump.conftest import TEXT
 from tests.dump.html import Page
-from tests.zoo import decoder, tiny, tokens
+from tests.zoo import decoder, tiny, tokens, unproved
 
 
 def page_of(folder: Path) -> Page:
@@ -50,7 +50,7 @@ def test_a_bad_folder_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_a_refusal_leaves_a_page_that_tells_it(tmp_path: Path) -> None:
-    model = tiny("hunyuan_v1_dense")
+    model = unproved()
     with pytest.raises(UnsupportedLayerError):
         kvquant_compile.optimize(model, 3, calibration=TEXT, dump=tmp_path)
     page = page_of(tmp_path)

@@ -16,6 +16,7 @@ from kvquant_compile.calib.calibrate import CalibrationOptions
 from kvquant_compile.errors import OptionError
 from kvquant_compile.evaluate import lab as lab_module
 from kvquant_compile.evaluate import layer_errors
+from kvquant_compile.evaluate import source as source_module
 from kvquant_compile.evaluate.agreement import agreement
 from kvquant_compile.evaluate.lab import Lab
 from kvquant_compile.evaluate.needle import needle_cases, needle_score
@@ -120,7 +121,7 @@ def test_a_later_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert both == fresh
     jsonschema.validate(json.loads(path.read_text()), schema())
 
-    monkeypatch.setattr(lab_module, "prepare", None)  # nothing is calibrated again
+    monkeypatch.setattr(source_module, "prepare", None)  # nothing is calibrated again
     assert laboratory(path, limit=2).scores([TWO]) == both
     assert laboratory(path, limit=1).scores([TWO])[1].score.windows == 1
     for changed in (
@@ -151,6 +152,35 @@ def test_an_interrupted_run_keeps_its_windows(
     kept = {r["identity"]["recipe"]: r["value"] for r in json.loads(path.read_text())["results"]}
     assert [len(kept[name]["windows"]) for name in ("original", "kvquant+")] == [2, 1]
     assert laboratory(path).scores([TWO]) == laboratory().scores([TWO])
+
+
+def test_windows_of_one_pass_score_as_one_by_one(tmp_path: Path) -> None:
+    points = [TWO, Point("kivi", "2"), Point("fp8"), Point("kvquant-released", "3")]
+    path = tmp_path / "results.json"
+    whole = laboratory(path, limit=1)
+    whole.scores(points)
+    several = whole.on(TEXT, 100, 5, batch=2)  # the first pass has a window that is known
+    several.score(points, 3)
+    assert several.source is whole.source
+    alone = whole.on(TEXT, 100, 5)
+    alone.results = Results()
+    for got, want in zip(several.scores(points), alone.scores(points), strict=True):
+        assert got.score.windows == want.score.windows == 5
+        assert got.score.kl == pytest.approx(want.score.kl, rel=1e-4, abs=1e-9)
+        assert got.score.perplexity == pytest.approx(want.score.perplexity, rel=1e-6)
+        assert got.effective_bits == want.effective_bits
+        assert got.cache_bytes == want.cache_bytes
+
+
+def test_results_that_come_together_are_written_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    results = Results(path)
+    with results.written_once():
+        results.put({"measure": "a"}, 1)
+        assert not path.exists()
+    assert Results(path).get({"measure": "a"}) == 1
+    results.put({"measure": "b"}, 2)
+    assert Results(path).get({"measure": "b"}) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"kind": "other", "version": 1}', "[]"])

@@ -38,7 +38,7 @@ from kvquant_compile.progress import Progress
 from kvquant_compile.recipes import int_per_token, kivi
 from kvquant_compile.runtime.program import Program
 from kvquant_compile.runtime.validate import lossless_program
-from tests.zoo import captured_decoder, tiny, tokens
+from tests.zoo import captured_decoder, tiny, tokens, unproved
 
 TEXT = list(tokens(4, 96, seed=7).split(1))
 WINDOWS = list(tokens(2, 90, seed=2).split(1))
@@ -202,7 +202,7 @@ def test_the_paged_program_equals_the_simulation(
 
 def test_the_paged_program_equals_the_simulation_without_rope_moved() -> None:
     """Keys kept rotated: nothing before RoPE may be touched."""
-    source = prepared(capture(tiny("hunyuan_v1_dense")))
+    source = prepared(capture(unproved()))
     assert all(layer.plan.refusal for layer in source.layers)
     made: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -301,7 +301,7 @@ def test_selftest_fails_when_sabotage_goes_unnoticed(monkeypatch: pytest.MonkeyP
 
 
 def test_selftest_reports_keys_kept_rotated() -> None:
-    passed, detail = selftest.run_selftest(tiny("hunyuan_v1_dense"))["every rotation proved"]
+    passed, detail = selftest.run_selftest(unproved())["every rotation proved"]
     assert not passed
     assert "2 refused [0, 1]" in detail
 

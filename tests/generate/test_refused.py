@@ -107,6 +107,20 @@ def test_three_dimensional_positions_are_refused() -> None:
         lossless()[1](tokens(), position_ids=torch.zeros(3, 2, 12, dtype=torch.int64))
 
 
+def test_inputs_that_the_graph_does_not_have_are_refused() -> None:
+    model, ids = kvquant_compile.optimize(tiny("gpt2"), bits=16, progress=False), tokens(1, 8)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(model(ids, token_type_ids=None, labels=ids).logits, expected)
+        kvquant_compile.restore(model)
+        assert not torch.allclose(model(ids, token_type_ids=torch.ones_like(ids)).logits, expected)
+        kvquant_compile.optimize(model, bits=16, progress=False)
+    with pytest.raises(OptionError, match="token_type_ids given to an optimised model"):
+        model(ids, token_type_ids=torch.ones_like(ids))
+    with pytest.raises(OptionError, match="encoder_hidden_states"):
+        model(ids, encoder_hidden_states=torch.zeros(1, 4, 64))
+
+
 def test_a_layer_is_not_moved_on_its_own() -> None:
     model = lossless()[1]
     with torch.no_grad():

@@ -51,6 +51,7 @@ def compile_gluon(
         if signature[name].startswith("*") or name == "page_bytes"
     }
     constants = {"EXACT": exact, "SINKS": sinks, "LOGITS": logits, "ONE_SLAB": one_slab}
+    constants["HEADS"] = spec.layout.heads
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": spec.warps} | options
+    options = {"num_warps": spec.warps, "enable_fp_fusion": True} | options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -52,7 +52,7 @@ def test_another_rotation_than_the_models_fails_the_check() -> None:
 
 
 def test_keys_behind_their_rotation_say_why() -> None:
-    model = zoo.tiny("hunyuan_v1_dense", num_hidden_layers=1)
+    model = zoo.unproved(num_hidden_layers=1)
     with pytest.warns(UserWarning, match="RoPE"):
         kvquant_compile.optimize(model, bits=16, strict=False)
     (record,) = kvquant_compile.certificates(model).values()

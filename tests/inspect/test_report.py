@@ -8,12 +8,12 @@ import pytest
 
 import kvquant_compile
 from kvquant_compile.inspect.report import Report
-from tests.zoo import tiny, tokens
+from tests.zoo import tiny, tokens, unproved
 
 TEXT = tokens(4, 64, seed=7)
 FIELDS = {"index", "kv_heads", "query_heads", "key_dim", "value_dim", "rope", "proof", "source",
-          "window", "softcap", "chunk", "position_bias", "selects", "key_bits", "value_bits",
-          "slots", "effective_bits",
+          "window", "softcap", "chunk", "position_bias", "selects", "bias_extent", "key_bits",
+          "value_bits", "slots", "effective_bits",
           "bytes_per_token", "reference_bytes", "kernel", "refusal", "certificate", "recipe",
           "implementation", "exact_bytes", "fallback", "sites", "plan"}  # fmt: skip
 
@@ -104,9 +104,15 @@ def test_masks_and_rotations_are_named(name: str, parts: tuple[str, ...]) -> Non
 
 def test_a_refusal_is_told_with_its_reason() -> None:
     with pytest.warns(UserWarning, match="before RoPE"):
-        model = kvquant_compile.optimize(tiny("hunyuan_v1_dense"), bits=16, strict=False)
+        model = kvquant_compile.optimize(unproved(), bits=16, strict=False)
     report = kvquant_compile.explain(model)
     assert {x.rope for x in report.layers} == {"kept"}
     assert {x.proof for x in report.layers} == {"refused"}
     assert all("no proved rotary embedding" in x.refusal for x in report.layers)
     assert "keys kept rotated" in str(report)
+
+
+def test_what_was_moved_from_behind_the_rotation_is_told() -> None:
+    model = kvquant_compile.optimize(tiny("hunyuan_v1_dense", num_hidden_layers=1), bits=16)
+    told = "before RoPE, behind their norm, their weights moved to the query"
+    assert told in " ".join(str(kvquant_compile.explain(model)).split())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from tests import decoders, zoo
@@ -43,6 +44,39 @@ def _transformers(model_type: str, rotary: str, *names: str, **settings: Any) ->
     return Original(model_type, build, functions)
 
 
+class KeyNorm(nn.Module):
+    """A norm with weights, behind the rotation of keys."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As Hunyuan's own."""
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + 1e-05)
+        return self.weight * x.to(dtype)
+
+
+def _normed() -> Original:
+    """Hunyuan, with a norm that only its keys have, so that nothing else is mutated with it."""
+    hunyuan = _transformers(
+        "hunyuan_v1_dense", "", "rotate_half", "apply_rotary_pos_emb", head_dim=8
+    )
+
+    def build() -> nn.Module:
+        model = hunyuan.build()
+        layers: Any = model.get_submodule("model.layers")
+        for layer in layers:
+            layer.self_attn.key_layernorm = KeyNorm(8)
+        return model
+
+    functions = (*hunyuan.functions, (KeyNorm, ("forward",)))
+    return Original(hunyuan.name, build, functions)
+
+
 def _handwritten(decoder: str, *places: tuple[str, str]) -> Original:
     functions = tuple((getattr(decoders, owner), (name,)) for owner, name in places)
 
@@ -63,6 +97,7 @@ def originals() -> dict[str, Original]:
         _transformers("glm", "", half, apply, head_dim=8),
         _transformers("gpt_oss", "", "_apply_rotary_emb", apply, head_dim=8),
         _transformers("gptj", "", "rotate_every_two", apply, rotary_dim=4),
+        _normed(),
         _handwritten("SdpaDecoder", ("_SdpaBlock", "attention"), ("SdpaDecoder", "rope")),
         _handwritten("MatmulDecoder", ("_MatmulBlock", "attention"), ("MatmulDecoder", "rope")),
         _handwritten("IsCausalDecoder", ("_IsCausalBlock", "attention")),

@@ -15,7 +15,7 @@ from tests import zoo
 from tests.mutation.edits import edits, source_tree
 from tests.mutation.originals import originals
 from tests.mutation.table import LIVE, judge_original
-from tests.mutation.verdict import BEFORE, WRONG, judge, mutants, outputs, rotates
+from tests.mutation.verdict import BEFORE, BEHIND, WRONG, judge, mutants, outputs, rotates
 
 ORIGINALS = originals()
 
@@ -61,6 +61,22 @@ def test_a_key_that_turns_otherwise_than_its_query(kind: str, expected: str) -> 
     outcome = judge(chosen[-1], model, unchanged)
     assert outcome.verdict not in (BEFORE, *WRONG)
     assert expected in outcome.reason or "no proved rotary" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    "where", ["return (q_embed, k_embed.bfloat16", "torch.cat((-x2, x1), dim=-1).bfloat16"]
+)
+def test_a_model_of_single_precision_means_its_roundings(where: str) -> None:
+    """What half precision would forgive: the key, or its rotated half, rounded to bfloat16."""
+    original = ORIGINALS["llama"]
+    model = original.build()
+    (mutant,) = (
+        m for m in mutants(original)
+        if m.edit.kind == "rounded" and where in m.edit.where.split(" -> ")[1]
+    )  # fmt: skip
+    outcome = judge(mutant, model, outputs(original, model))
+    assert outcome.verdict == BEHIND
+    assert "the graph differs from the proved rotation" in outcome.reason
 
 
 @pytest.mark.slow

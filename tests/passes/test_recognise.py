@@ -109,11 +109,11 @@ def test_models_without_rotation_have_no_rope_and_no_refusal():
         assert layer.key_pre is layer.key
 
 
-def test_a_norm_after_the_rotation_is_a_reasoned_refusal():
-    for layer in recognise(zoo.captured("hunyuan_v1_dense")):
-        assert layer.plan.rope is None
-        assert "no proved rotary embedding" in layer.plan.refusal
-        assert layer.key_pre is layer.key
+def test_a_layer_norm_after_the_rotation_is_a_reasoned_refusal():
+    (layer,) = recognise(capture(zoo.unproved(num_hidden_layers=1)))
+    assert layer.plan.rope is None
+    assert "no proved rotary embedding" in layer.plan.refusal
+    assert layer.key_pre is layer.key
 
 
 def test_scaled_rope_types():

@@ -16,7 +16,7 @@ from kvquant_compile.lowering.triton import dispatch
 from kvquant_compile.recipes import kivi
 from kvquant_compile.runtime.installed import installed
 from tests.recipes.models import TEXT, difference, optimised, original, quantised
-from tests.zoo import tiny
+from tests.zoo import tiny, unproved
 
 
 def test_an_artifact_has_its_recipe() -> None:
@@ -93,7 +93,7 @@ def test_kernels_leave_recipes_to_the_reference_op() -> None:
 
 
 def test_keys_that_cannot_be_taken_before_rope_are_no_matter_behind_it() -> None:
-    model = tiny("hunyuan_v1_dense")
+    model = unproved()
     with pytest.raises(kvquant_compile.UnsupportedLayerError):
         kvquant_compile.optimize(model, recipe="rotatekv", calibration=TEXT)
     kvquant_compile.optimize(model, 4, recipe="kivi")

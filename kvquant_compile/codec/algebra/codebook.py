@@ -11,15 +11,22 @@ START_VECTORS = 32_768
 START_STEPS = 4
 BATCH = 4096
 _ROWS = 256  # their distances to 2048 entries stay in a core's cache
+_DEVICE_ROWS = 1 << 14  # and these keep a GPU busy, in 268 MB
 
 
 def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Indices int32 [...] of the nearest entries [C, d] to vectors [..., d]; NaN gets one too."""
-    flat = vectors.flatten(0, -2)
+    """Indices int32 [...] of the nearest entries [C, d] to vectors [..., d]; NaN gets one too.
+
+    On a GPU in float64: the rounding of its products depends on how many rows they have, and a
+    token must get the same code however tokens come.
+    """
+    flat, rows = vectors.flatten(0, -2), _ROWS
+    if flat.device.type != "cpu":
+        flat, codebook, rows = flat.double(), codebook.double(), _DEVICE_ROWS
     half_norm = codebook.square().sum(1) / 2
     transposed = codebook.T
     parts = [
-        torch.addmm(half_norm, rows, transposed, alpha=-1).argmin(1) for rows in flat.split(_ROWS)
+        torch.addmm(half_norm, part, transposed, alpha=-1).argmin(1) for part in flat.split(rows)
     ]
     return torch.cat(parts).view(vectors.shape[:-1]).to(torch.int32)
 

@@ -38,7 +38,7 @@ def kernel_name(layout: Layout, *, bias_or_chunks: bool = False) -> str:
     """What attends to a layer on a CPU, for reports."""
     reason = refusal(layout)
     if bias_or_chunks:
-        reason = reason or "no kernels for position biases and chunked attention"
+        reason = reason or "no kernels for position biases, chunks and chosen keys"
     if reason:
         return f"torch (CPU): {reason}"
     return f"C++ ({_target()}), prefill torch"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.gluon.fragments import ALL_LANES, reduce_lanes
+from kvquant_compile.lowering.gluon.fragments import ALL_LANES, program_sync, reduce_lanes
 from kvquant_compile.lowering.gluon.own import write_column
 from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec, Memory
 from kvquant_compile.lowering.gluon.values import LOG2_ONE
@@ -30,13 +30,16 @@ class EpilogueEmitter:
     def write(self, out: KernelWriter) -> None:
         """Merge the warps through the pages' memory, which nothing reads any more."""
         out("", "# merge the warps")
+        turns = range(-(-self._vectors // self.spec.warps))
+        for turn in turns:
+            self._load_transform(out, turn)
         self._store(out)
-        self._barrier(out)
+        program_sync(out)
         out(
             "base_row = ((gl.program_id(0) * tiles + tile) * (splits + 1) + split)"
             f" * {self.spec.columns}"
         )
-        for turn in range(-(-self._vectors // self.spec.warps)):
+        for turn in turns:
             self._merge(out, turn)
         self._last(out)
 
@@ -48,34 +51,44 @@ class EpilogueEmitter:
                 at = 512 * (group * self.spec.value_groups + q)
                 sums = [f"sum{group}_{4 * q + i}" for i in range(4)]
                 self._store16(out, f"here + lane * 16 + {at}", sums)
-            state = [f"peak{group}", f"mass{group}", f"flat{group}", f"mass{group}"]
+            state = [f"{name}{group}" for name in ("peak", "mass", "flat", "excess")]
             self._store16(out, f"here + t * 16 + {512 * self._vectors + 64 * group}", state)
 
     def _store16(self, out: KernelWriter, address: str, values: list[str]) -> None:
         text = "st.shared.v4.f32 [$1], {$2, $3, $4, $5};"
         out.ptx(text, ["_"], [address, *values], kinds="rffff", name="STORE_SUMS")
 
-    def _barrier(self, out: KernelWriter) -> None:
-        out.ptx("bar.sync 0;", ["_"], ["lz"], name="BARRIER")
-
     def _load16(self, out: KernelWriter, names: list[str], address: str) -> None:
         text = f"ld.shared.v4.f32 {listed(registers(0, 4))}, [$4];"
         out.ptx(text, names, [address], into="ffff", name="LOAD_SUMS")
+
+    def _write_vector(self, out: KernelWriter, turn: int) -> None:
+        """The warp's vector of four channels, and where it lies."""
+        groups, last = self.spec.value_groups, self._vectors - 1
+        out(
+            f"mine = (tid >> 5) + {turn * self.spec.warps}",
+            f"vector = gl.minimum(mine, {last})",
+            f"group = vector // {groups}",
+            f"channel = g * {self.spec.layout.value_dim // 8} + (vector % {groups}) * 4",
+        )
+
+    def _load_transform(self, out: KernelWriter, turn: int) -> None:
+        """The channels' gains and offsets, asked for before the warps meet."""
+        self._write_vector(out, turn)
+        out(f"at = head * {self.spec.layout.value_dim} + channel")
+        for name in ("gain", "offset"):
+            out(*(f"{name}{turn}_{i} = gl.load({name} + at + {i})" for i in range(4)))
 
     def _merge(self, out: KernelWriter, turn: int) -> None:
         """A warp merges one vector of sums of all warps."""
         groups, last = self.spec.value_groups, self._vectors - 1
         warps = range(self.spec.warps)
-        out(
-            f"mine = (tid >> 5) + {turn * self.spec.warps}",
-            f"vector = gl.minimum(mine, {last})",
-            f"group = vector // {groups}",
-            f"column = group * {COLUMN_GROUP} + t",
-        )
+        self._write_vector(out, turn)
+        out(f"column = group * {COLUMN_GROUP} + t")
         for w in warps:
             at = f"shared + {w * self.memory.stage}"
             state = f"{at + f' + {512 * self._vectors}'} + group * 64 + t * 16"
-            self._load16(out, [f"peak_{w}", f"mass_{w}", f"flat_{w}", "rest"], state)
+            self._load16(out, [f"{name}_{w}" for name in ("peak", "mass", "flat", "excess")], state)
         out("top = peak_0", *(f"top = gl.maximum(top, peak_{w})" for w in warps if w))
         out("whole = zero", "even = zero", *(f"r{i} = zero" for i in range(4)))
         for w in warps:
@@ -83,19 +96,16 @@ class EpilogueEmitter:
             address = f"shared + {w * self.memory.stage} + vector * 512 + lane * 16"
             self._load16(out, [f"a{i}" for i in range(4)], address)
             out(f"whole += mass_{w} * part", f"even += flat_{w} * part")
-            out(*(f"r{i} += a{i} * part" for i in range(4)))
+            out(*(f"r{i} += (a{i} - excess_{w}) * part" for i in range(4)))
         out(
             f"seen = top > {NOTHING}",
             "over = gl.where(seen, 1.0 / whole, 0.0)",
-            f"channel = g * {self.spec.layout.value_dim // 8} + (vector % {groups}) * 4",
             f"target = (base_row + column).to(gl.int64) * {self.spec.layout.value_dim} + channel",
-            f"at = head * {self.spec.layout.value_dim} + channel",
             f"writes = (mine <= {last}) & (split >= 0)",
         )
         for i in range(4):
             out(
-                f"result = (r{i} + even) * over * gl.load(gain + at + {i})"
-                f" + gl.load(offset + at + {i})",
+                f"result = (r{i} + even) * over * gain{turn}_{i} + offset{turn}_{i}",
                 "result = gl.where(seen, result, 0.0)  # nothing of garbage survives",
                 f"gl.store(partial + target + {i}, result, mask=writes)",
             )
@@ -108,7 +118,7 @@ class EpilogueEmitter:
 
     def _last(self, out: KernelWriter) -> None:
         """The last program of a head and tile merges, and leaves the counters at zero."""
-        self._barrier(out)
+        program_sync(out)
         out(
             "", "# the last program merges the splits",
             "done = counters + (gl.program_id(0) * tiles + tile) * 256 + 128",

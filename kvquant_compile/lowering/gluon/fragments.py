@@ -144,6 +144,11 @@ def warp_sync(out: KernelWriter) -> None:
     out.ptx("bar.warp.sync -1;", ["_"], ["lz"], name="WARP_SYNC")
 
 
+def program_sync(out: KernelWriter) -> None:
+    """Order all warps' shared memory."""
+    out.ptx("bar.sync 0;", ["_"], ["lz"], name="BARRIER")
+
+
 ALL_LANES = (1, 2, 4, 8, 16)
 
 

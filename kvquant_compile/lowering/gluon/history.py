@@ -32,10 +32,10 @@ def {name}(
     query, key, value, query_order, slots, history, table, positions, addresses, sinks,
     sink_logits, constants, frequencies, turns, rope_scale, key_unit, gain, offset, counters,
     partial, partial_lse, output, output_lse,
-    scale, softcap, window, heads, rep, steps, pages, query_batch, query_head_stride, query_step,
+    scale, softcap, window, rep, steps, pages, query_batch, query_head_stride, query_step,
     key_batch, key_head, key_step, value_batch, value_head, value_step, table_row, position_row,
     slot_row, page_bytes, EXACT: gl.constexpr, SINKS: gl.constexpr, LOGITS: gl.constexpr,
-    ONE_SLAB: gl.constexpr,
+    ONE_SLAB: gl.constexpr, HEADS: gl.constexpr,
 ):
 """
 
@@ -56,11 +56,12 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     queries, keys = QueryEmitter(spec, memory), KeyEmitter(spec, memory)
     key_slots, value_slots = KeySlotEmitter(spec, memory), ValueSlotEmitter(spec, memory)
     values = ValueEmitter(spec, memory, value_slots)
-    level = spec.explicit < spec.key_groups  # some pairs leave a constant for every page
     _write_frame(out, spec, memory)
-    visibility.start(out)
+    copies.prologue(out)
+    visibility.load(out)
     if not spec.window:
         ring.start(out)
+    queries.load(out)
     visibility.prologue(out)
     if spec.window:
         ring.start(out)
@@ -91,7 +92,7 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
         copies.wait(out, "values")
         values.load_tokens(out)
         visibility.mask(out)
-        values.softmax(out, level)
+        values.softmax(out)
         values.accumulate(out, 0)
         ring.draw(out, "1 - again")
         values.accumulate(out, 1)
@@ -122,6 +123,7 @@ def _write_frame(out: KernelWriter, spec: GluonSpec, memory: Memory) -> None:
         "lane = tid & 31", "g = lane >> 2", "t = lane & 3", "lz = tid * 0",
         "zero = lz.to(gl.float32)",
         "middle = (g * 4).to(gl.float32) * 0.03125 - 1.0",
+        "heads: gl.constexpr = HEADS",
         "row = gl.program_id(0) // heads", "head = gl.program_id(0) % heads",
         "split = gl.program_id(1) - 1", "splits = gl.num_programs(1) - 1",
         "tile = gl.program_id(2)", "tiles = gl.num_programs(2)",
@@ -129,5 +131,6 @@ def _write_frame(out: KernelWriter, spec: GluonSpec, memory: Memory) -> None:
     out.ptx("mov.u32 $0, global_smem;", ["shared"], ["split"], name="SHARED")
     text = ".reg .b32 x; mov.u32 x, %tid.x; shr.u32 x, x, 5; shfl.sync.idx.b32 $0, x, 0, 31, -1;"
     out.ptx(text, ["warp"], ["split"], name="WARP")
+    out(f"here = shared + warp * {memory.stage}")
     text = ".reg .b32 kvq_flag; mov.u32 kvq_flag, 0;"
     out.ptx(text, ["_"], ["lz"], scoped=False, name="DECLARE_FLAG")

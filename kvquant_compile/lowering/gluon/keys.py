@@ -21,6 +21,7 @@ from kvquant_compile.lowering.gluon.fragments import (
     load_codes,
     load_shared,
     product,
+    program_sync,
     table_words,
     unpack,
 )
@@ -55,7 +56,8 @@ class KeyEmitter:
         return self.memory.constants + section
 
     def prologue(self, out: KernelWriter) -> None:
-        """The table, and scales and centres of explicit groups, in registers."""
+        """The table, and scales and centres of explicit groups, in registers; those of linear
+        groups into the queries, which every page turns."""
         sections = Constants(self.spec)
         names = [f"key_table{i}" for i in range(4)]
         load_shared(out, names, "shared + t * 16", self._constant(sections.tables))
@@ -63,30 +65,71 @@ class KeyEmitter:
             names = [f"z{pairs}_{i}" for i in range(8)]
             at = self._constant(sections.scales + 192 * pairs)
             load_shared(out, names, "shared + t * 16", at, at + 64)
+        if self.spec.rotates and self._linear:
+            for pairs in self._linear:
+                at = self._constant(sections.scales + 192 * pairs)
+                load_shared(out, [f"e{i}" for i in range(4)], "shared + t * 16", at)
+                for fragment in self.spec.fragments(pairs):
+                    self._keep_scaled(out, fragment, pairs)
+            program_sync(out)
+
+    def _keep_scaled(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        """A turned word is ``cos`` times one kept word and ``sin`` times another: both members of
+        the query by the scale of either."""
+        a0, a1, b0, b1 = (f"q{fragment}_{pairs}_{x}" for x in _WORDS)
+        text = ".reg .b32 x<4>;\n" + "".join(
+            f"mul.rn.f16x2 x{i}, ${2 + i}, ${6 + i};\n" for i in range(4)
+        )
+        text += "st.shared.v4.b32 [$1], {x0, x1, x2, x3};"
+        at = self.memory.query(pairs, fragment)
+        for words, where in (
+            ((a0, a1, b0, b1), at),
+            ((b0, b1, a0, a1), at + self.memory.query_bytes),
+        ):
+            inputs = [f"shared + {where} + lane * 16", *words, *(f"e{i}" for i in range(4))]
+            out.ptx(text, ["_"], inputs, name="KEEP_SCALED")
 
     def page_constants(self, out: KernelWriter) -> None:
-        """Fold scales into linear queries; ``level`` and ``slope`` of the bytes and the zeros."""
+        """Fold scales into linear queries; what the bytes' centres and the zeros add.
+
+        Products with the same key in every row leave ``bytes{fragment}_{0..3}`` and
+        ``zeros{fragment}_{0..3}``: a level for the fragment's even columns and one for the odd,
+        twice. Where derivatives are, the odd one is a slope, by the token's offset.
+        """
         if not self._linear:
             return
         out("", "# scales into queries; what centres and zeros add to every score")
         scales = self._constant(Constants(self.spec).scales)
-        for fragment in self.spec.fragments(self.spec.explicit):
-            for kind in ("bytes", "zeros"):
+        for fragment in self._level_fragments:
+            for kind in ("bytes", "zeros") if self._scaled else ("bytes",):
                 out(*(f"{kind}{fragment}_{i} = zero" for i in range(4)))
         for pairs in self._linear:
-            parts = (scales + 192 * pairs + 64 * k for k in range(3))
-            load_shared(out, [f"e{i}" for i in range(12)], "shared + t * 16", *parts)
-            for fragment in self.spec.fragments(pairs):
-                self._fold(out, fragment, pairs)
-        for group in range(self.spec.groups):
-            self._page_level(out, group)
+            at = [scales + 192 * pairs + 64 * k for k in range(3)]
+            if self.spec.rotates:  # scales are in the queries already
+                load_shared(out, [f"e{i}" for i in range(4, 12)], "shared + t * 16", *at[1:])
+            else:
+                load_shared(out, [f"e{i}" for i in range(12)], "shared + t * 16", *at)
+            for fragment in self._level_fragments:
+                if not self.spec.rotates:
+                    self._fold(out, fragment, pairs)
+                self._levels(out, fragment, pairs)
+
+    @property
+    def _level_fragments(self) -> range:
+        return self.spec.fragments(self.spec.explicit)
 
     def _fold(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        """``p{fragment}_{pairs}_..``: query words times scales, where nothing turns."""
         names = [f"q{fragment}_{pairs}_{x}" for x in _WORDS]
-        target = names if self.spec.rotates else [f"p{fragment}_{pairs}_{x}" for x in _WORDS]
+        target = [f"p{fragment}_{pairs}_{x}" for x in _WORDS]
         text = "".join(f"mul.rn.f16x2 ${i}, ${4 + i}, ${8 + i};\n" for i in range(4))
         inputs = [*names, *(f"e{i}" for i in range(4))]
         out.ptx(text, target, inputs, pure=True, name="FOLD")
+
+    def _levels(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        """Add what a group's centres and zeros add to every score."""
+        kept = "q" if self.spec.rotates else "p"
+        target = [f"{kept}{fragment}_{pairs}_{x}" for x in _WORDS]
         # bytes come as 1024 + u and mean u - bias; zeros are whole numbers: both exact in halves
         d, b = registers(0, 4), registers(4, 4)
         number = -(1024 + table_bias(self.spec.layout.spec.key_bits))
@@ -94,31 +137,14 @@ class KeyEmitter:
         text += product(d, ["k"] * 4, b[:2], registers(8, 4)) + product(d, ["k"] * 4, b[2:], d)
         sums = [f"bytes{fragment}_{i}" for i in range(4)]
         out.ptx(text, sums, [*target, *sums], kinds="rrrrffff", into="ffff", name="BYTES_LEVEL")
-        sums = [f"zeros{fragment}_{i}" for i in range(4)]
+        sums = [f"{'zeros' if self._scaled else 'bytes'}{fragment}_{i}" for i in range(4)]
         text = product(d, registers(12, 4), b[:2], registers(8, 4))
         text += product(d, registers(16, 4), b[2:], d)
         inputs = [*target, *sums, *(f"e{i}" for i in range(4, 12))]
         out.ptx(text, sums, inputs, kinds="rrrrffff" + "r" * 8, into="ffff", name="ZEROS_LEVEL")
 
-    def _page_level(self, out: KernelWriter, group: int) -> None:
-        """``level``: added to every score of the page; ``slope``: by the token's offset."""
-        for name, own in (("level", self._level), ("slope", self._slope)):
-            total = own("zeros", group)
-            if total and not self._scaled:
-                total = f"{own('bytes', group)} + {total}"
-            if total:
-                out(f"{name}{group} = {total}")
-
-    def _level(self, kind: str, group: int) -> str:
-        """What the centres ("bytes") or zeros of linear pairs add to a query's scores."""
-        return f"{kind}{group}_0" if self.spec.rotates else f"{kind}0_{group}"
-
-    def _slope(self, kind: str, group: int) -> str:
-        """The same by the token's offset; nothing where keys do not turn."""
-        return f"{kind}{group}_1" if self.spec.rotates else ""
-
     def scores(self, out: KernelWriter, chunk: int) -> None:
-        """Scores of the lane's four tokens of a chunk, but for ``level``."""
+        """Scores of the lane's four tokens of a chunk."""
         bits = self.spec.layout.spec.key_bits
         count = self.spec.key_groups * bits
         words = [f"k{i}" for i in range(count)]
@@ -147,22 +173,21 @@ class KeyEmitter:
         names = [f"scale{4 * chunk + i}" for i in range(4)]
         out.ptx(text, names, ["here + g * 8"], into="ffff", name="TOKEN_SCALES")
 
+    @property
+    def _passes_on(self) -> bool:
+        """Whether linear pairs add to the sums of explicit ones, whose odd columns are idle then.
+
+        With a second group of columns they are not, and both sums are added in the end."""
+        return self.spec.groups == 1
+
     def _starts(self, pairs: int) -> list[str]:
-        """What the products of a tile start from: levels that scales apply to, or the slope."""
-        groups = range(self.spec.groups)
-        scaled = self._scaled and bool(self._linear)
-        if pairs == 0:
-            levels = [self._level("bytes", group) if scaled else "zero" for group in groups]
-            if not self._derivatives(pairs):
-                return [levels[0], levels[1] if len(levels) == 2 else "zero"] * 2
-        else:  # the queries' columns of what came before
-            levels = []
-        starts = []
-        for group in groups:
-            slope = self._slope("bytes", group) if scaled else f"slope{group}"
-            for r in range(2):
-                starts += [levels[group] if levels else f"plain_{2 * r + group}", slope]
-        return starts
+        """What the first products of a tile start from: bytes' levels and slopes, or zero."""
+        if self._derivatives(pairs):
+            if pairs and self._passes_on:
+                return [f"plain_{i}" for i in range(4)]
+            return [f"bytes{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
+        linear = bool(self._linear) and (self._passes_on or not self.spec.rotates)
+        return [f"bytes0_{i}" if linear else "zero" for i in range(4)]
 
     def _derivatives(self, pairs: int) -> bool:
         """Whether the fragments of a group of pairs hold derivatives."""
@@ -196,9 +221,9 @@ class KeyEmitter:
             self._multiply_zeros(out, tile, pairs)
 
     def _multiply_zeros(self, out: KernelWriter, tile: int, pairs: int) -> None:
-        """Add the turned zeros of an explicit group to ``o_{0..3}``."""
+        """Add the turned zeros of an explicit group to ``turned_{0..3}``."""
         table = Constants(self.spec).zeros + 1024 * (tile * self.spec.explicit + pairs)
-        at, sums = self._constant(table), [f"o_{i}" for i in range(4)]
+        at, sums = self._constant(table), [f"turned_{i}" for i in range(4)]
         text = ".reg .b32 a<4>, b<4>;\n"
         for i, name in enumerate("ab"):
             target = ", ".join(f"{name}{k}" for k in range(4))
@@ -206,26 +231,43 @@ class KeyEmitter:
         d, q = registers(0, 4), registers(5, 4)
         text += product(d, [f"a{i}" for i in range(4)], q[:2], registers(9, 4))
         text += product(d, [f"b{i}" for i in range(4)], q[2:], d)
-        before = sums if pairs else ["zero"] * 4
+        before = sums
+        if pairs == 0:
+            start = "zeros0_{}" if self._linear and self._passes_on else "zero"
+            before = [start.format(i) for i in range(4)]
         inputs = ["shared + lane * 16", *(f"q0_{pairs}_{x}" for x in _WORDS), *before]
         out.ptx(text, sums, inputs, kinds="rrrrrffff", into="ffff", name="KEY_ZEROS")
 
     def _finish(self, out: KernelWriter, j: int, r: int) -> None:
-        """The score of one token from its products, but for ``level``."""
+        """The score of one token from its products."""
         # offset from the page's middle, in half pages
         where = f"(middle + {TOKENS[j] / 32})"
         sloped = self.spec.rotates and bool(self._linear)
         for group in range(self.spec.groups):
-            score = f"plain_{2 * r + group}"
+            column = 2 * r + group
+            terms = [] if sloped and self._passes_on else [f"plain_{column}"]
             if sloped:
-                score = f"c{group}_{2 * r} + {where} * c{group}_{2 * r + 1}"
+                terms += [f"c{group}_{2 * r}", f"{where} * c{group}_{2 * r + 1}"]
+                if not self.spec.explicit:
+                    terms = terms[-2:]
+            score = " + ".join(terms)
             if self._scaled:
-                score = f"scale{j} * ({score})"
-                if sloped:
-                    score += f" + {where} * slope{group}"
-                if self.spec.zero_fragments:
-                    score += f" + o_{2 * r + group}"
+                score = " + ".join([f"scale{j} * ({score})", *self._zeros(group, r, where)])
             out(f"s{group}_{j} = {score}")
+
+    def _zeros(self, group: int, r: int, where: str) -> list[str]:
+        """What zeros add to a scaled score."""
+        sloped = self.spec.rotates and bool(self._linear)
+        terms = []
+        if self.spec.zero_fragments:
+            terms.append(f"turned_{2 * r + group}")
+            if sloped and self._passes_on:
+                return [*terms, f"{where} * turned_{2 * r + 1}"]
+        if sloped:
+            terms += [f"zeros{group}_{2 * r}", f"{where} * zeros{group}_{2 * r + 1}"]
+        elif self._linear:
+            terms.append(f"zeros0_{group}")
+        return terms
 
 
 def _product_text(fragments: int, table_size: int, explicit: bool) -> str:

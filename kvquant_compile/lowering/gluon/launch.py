@@ -97,12 +97,12 @@ def attend(
         constants.block, constants.frequencies, constants.turns, constants.rope_scale,
         constants.key_unit, constants.gain, constants.offset, _counters(cache.table, programs),
         partial, partial_lse, output, lse,
-        site.scale, site.softcap, site.window, layout.heads, rep, steps, pages,
+        site.scale, site.softcap, site.window, rep, steps, pages,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], cache.table.stride(0),
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
         EXACT=exact_chunk, SINKS=layout.sink_tokens, LOGITS=logits is not None,
-        ONE_SLAB=one_slab,
-        num_warps=spec.warps, maxnreg=register_limit(spec, resident),
+        ONE_SLAB=one_slab, HEADS=layout.heads,
+        num_warps=spec.warps, maxnreg=register_limit(spec, resident), enable_fp_fusion=True,
     )  # fmt: skip
     return output, lse
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import load_shared, reduce_lanes, warp_sync
@@ -26,62 +28,81 @@ class QueryEmitter:
     spec: GluonSpec
     memory: Memory
 
+    def load(self, out: KernelWriter) -> None:
+        """Ask for all that :meth:`prologue` needs, before anything is waited for."""
+        out("", "# what queries are made of")
+        warp_sync(out)  # or the compiler loads this first, and the page that is waited for later
+        out("key_scale = gl.load(key_unit + head)")
+        for pairs, half, low in self._pairs():
+            at, name = f"{16 * pairs + 8 * half + low} + t * 2", f"{pairs}_{half}{low}"
+            if self.spec.reorder:
+                for member in range(2):
+                    first = member * self.spec.pairs
+                    out(f"order_{member}_{name} = gl.load(query_order + {first} + {at})")
+            if self.spec.stretched:
+                out(f"stretch_{name} = gl.load(rope_scale + {at})")
+            if self.spec.rotates and pairs >= self.spec.explicit:
+                out(f"turn_{name} = gl.load(frequencies + {at})")
+        for group in range(self.spec.groups):
+            self._load_column(out, group)
+
     def prologue(self, out: KernelWriter) -> None:
-        """Load, normalise and store (or, without RoPE, keep) all fragments."""
+        """Normalise and store (or, without RoPE, keep) all fragments."""
         out("", "# queries, each over its largest magnitude", "derivative = g & 1")
         for group in range(self.spec.groups):
-            self._load(out, group)
             self._normalise(out, group)
         for pairs in range(self.spec.key_groups):
-            if self.spec.rotates:
-                self._load_frequencies(out, pairs)
+            if self.spec.rotates and pairs >= self.spec.explicit:
+                self._derivatives(out, pairs)
             for fragment in self.spec.fragments(pairs):
                 self._fragment(out, fragment, pairs)
         if self.spec.rotates:
             self._angle_addresses(out)
 
-    def _load(self, out: KernelWriter, group: int) -> None:
+    def _pairs(self) -> Iterator[tuple[int, int, int]]:
+        """(group of pairs, half, low) of the lane's pairs."""
+        return itertools.product(range(self.spec.key_groups), range(2), range(2))
+
+    def _load_column(self, out: KernelWriter, group: int) -> None:
+        """The lane's elements ``x{group}_{pairs}_{member}{half}{low}`` of a query, as they are."""
         out(
             f"column = tile * {self.spec.columns} + {COLUMN_GROUP * group} + (g >> 1)",
             "real = column < rep * steps",
             "rows = query + row.to(gl.int64) * query_batch"
             " + (head * rep + column // steps) * query_head_stride + (column % steps) * query_step",
-            "largest = zero",
         )
-        for pairs in range(self.spec.key_groups):
-            for member, half in _PARTS:
-                for low in range(2):
-                    x = f"x{group}_{pairs}_{member}{half}{low}"
-                    pair = f"{16 * pairs + 8 * half + low} + t * 2"
-                    out(f"channel = {member * self.spec.pairs} + {pair}")
-                    mask = "real"
-                    if self.spec.reorder:
-                        out("channel = gl.load(query_order + channel)")
-                        mask = f"real & (channel < {self.spec.layout.key_dim})"
-                    out(f"{x} = gl.load(rows + channel, mask={mask}, other=0.0).to(gl.float32)")
-                    if self.spec.stretched:
-                        out(f"{x} = {x} * gl.load(rope_scale + {pair})")
-                    out(f"largest = gl.maximum(largest, gl.abs({x}))")
+        for (pairs, half, low), member in itertools.product(self._pairs(), range(2)):
+            first = member * self.spec.pairs + 16 * pairs + 8 * half + low
+            channel, mask = f"{first} + t * 2", "real"
+            if self.spec.reorder:
+                channel = f"order_{member}_{pairs}_{half}{low}"
+                mask = f"real & ({channel} < {self.spec.layout.key_dim})"
+            name = f"x{group}_{pairs}_{member}{half}{low}"
+            out(f"{name} = gl.load(rows + {channel}, mask={mask}, other=0.0)")
 
     def _normalise(self, out: KernelWriter, group: int) -> None:
         """``unit{group}``: what a score is to be multiplied by, for the lane's own query."""
+        out("largest = zero")
+        for (pairs, half, low), member in itertools.product(self._pairs(), range(2)):
+            x = f"x{group}_{pairs}_{member}{half}{low}"
+            stretch = f" * stretch_{pairs}_{half}{low}" if self.spec.stretched else ""
+            out(
+                f"{x} = {x}.to(gl.float32){stretch}", f"largest = gl.maximum(largest, gl.abs({x}))"
+            )  # fmt: skip
         reduce_lanes(out, "largest", "gl.maximum({}, {})", lanes=(1, 2))
         out("largest = gl.maximum(largest, 1e-12)", f"inverse{group} = 1.0 / largest")
         text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
         out.ptx(text, ["own"], ["largest", "t * 8"], kinds="fr", into="f", name="FROM_LANE")
         log = "" if self.spec.softcap else " * 1.4426950408889634"
-        out(f"unit{group} = own * (scale * gl.load(key_unit + head){log})")
+        out(f"unit{group} = own * (scale * key_scale{log})")
 
-    def _load_frequencies(self, out: KernelWriter, pairs: int) -> None:
+    def _derivatives(self, out: KernelWriter, pairs: int) -> None:
         """Derivatives by half a page: ``sin(i x)``, i in -1..1, as i times ``x - x**3 / 8``."""
-        if pairs < self.spec.explicit:
-            return
-        for half in range(2):
-            for low in range(2):
-                out(
-                    f"angle = 32.0 * gl.load(frequencies + {16 * pairs + 8 * half + low} + t * 2)",
-                    f"slope{half}{low} = angle * (1.0 - angle * angle * 0.125)",
-                )
+        for half, low in itertools.product(range(2), range(2)):
+            out(
+                f"angle = 32.0 * turn_{pairs}_{half}{low}",
+                f"slope{half}{low} = angle * (1.0 - angle * angle * 0.125)",
+            )
 
     def _fragment(self, out: KernelWriter, fragment: int, pairs: int) -> None:
         names = {}
@@ -91,8 +112,8 @@ class QueryEmitter:
             text = "cvt.rn.f16x2.f32 $0, $2, $1;"
             out.ptx(text, [name], values, kinds="ff", pure=True, name="HALVES")
             names[part] = name
-        if self.spec.rotates:
-            at = self.memory.queries + 512 * (pairs * self.spec.groups + fragment)
+        if self.spec.rotates and pairs < self.spec.explicit:  # others are scaled first
+            at = self.memory.query(pairs, fragment)
             text = "st.shared.v4.b32 [$1], {$2, $3, $4, $5};"
             words = [names[part] for part in _PARTS]
             out.ptx(text, ["_"], [f"shared + {at} + lane * 16", *words], name="STORE16")
@@ -134,11 +155,19 @@ class QueryEmitter:
         for pairs in range(self.spec.key_groups):
             load_shared(out, ["c0", "c1", "d0", "d1"], "angles + t * 16", 64 * pairs)
             for fragment in self.spec.fragments(pairs):
-                at = self.memory.queries + 512 * (pairs * self.spec.groups + fragment)
-                load_shared(out, ["y0", "y1", "y2", "y3"], "shared + lane * 16", at)
-                names = [f"q{fragment}_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
-                inputs = [*(f"y{i}" for i in range(4)), "c0", "c1", "d0", "d1"]
-                out.ptx(_TURN, names, inputs, pure=True, name="TURN")
+                self._turn(out, fragment, pairs)
+
+    def _turn(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        at = [self.memory.query(pairs, fragment)]
+        words, crossed = ["y0", "y1", "y2", "y3"], ["y2", "y3", "y0", "y1"]
+        if pairs >= self.spec.explicit:  # kept with either member's scale
+            at.append(at[0] + self.memory.query_bytes)
+            crossed = ["y4", "y5", "y6", "y7"]
+            words += crossed
+        load_shared(out, words, "shared + lane * 16", *at)
+        names = [f"q{fragment}_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
+        inputs = [*words[:4], *crossed, "c0", "c1", "d0", "d1"]
+        out.ptx(_TURN, names, inputs, pure=True, name="TURN")
 
 
 # The angle of position p in turns is p f, modulo 1, in 32-bit fixed point: exact at any position.
@@ -155,10 +184,9 @@ _ANGLE = (
     "st.shared.b32 [$2], x; st.shared.b32 [$2+8], y;"
 )
 
-_TURN = (
-    ".reg .b32 t;\n"
-    "mul.rn.f16x2 t, $6, $10; fma.rn.f16x2 $0, $4, $8, t;\n"
-    "mul.rn.f16x2 t, $7, $11; fma.rn.f16x2 $1, $5, $9, t;\n"
-    "mul.rn.f16x2 t, $4, $10; neg.f16x2 t, t; fma.rn.f16x2 $2, $6, $8, t;\n"
-    "mul.rn.f16x2 t, $5, $11; neg.f16x2 t, t; fma.rn.f16x2 $3, $7, $9, t;"
+# Words a0, a1, b0, b1 by the cosine, and their partners by the sine.
+_TURN = ".reg .b32 t;\n" + "".join(
+    f"mul.rn.f16x2 t, ${8 + i}, ${14 + i % 2};{' neg.f16x2 t, t;' * (i // 2)}"
+    f" fma.rn.f16x2 ${i}, ${4 + i}, ${12 + i % 2}, t;\n"
+    for i in range(4)
 )

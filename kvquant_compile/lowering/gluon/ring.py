@@ -35,8 +35,7 @@ class RingEmitter:
 
     def prologue(self, out: KernelWriter) -> None:
         """The head's constants, and the first page of every warp."""
-        out("", "# this warp's page", f"here = shared + warp * {self.memory.stage}")
-        self.copies.prologue(out)
+        out("", "# this warp's page")
         self.locate(out)
         self.copies.start(out, "keys", "turn < units")
         self.copies.start(out, "values", "turn < units")

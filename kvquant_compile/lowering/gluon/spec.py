@@ -146,14 +146,27 @@ class Memory:
 
     @functools.cached_property
     def queries(self) -> int:
-        """Query fragments, which every page turns anew: [group of pairs, group][lane][16 B]."""
+        """Query fragments, which every page turns anew: [group of pairs, group][lane][16 B]; those
+        of linear pairs twice."""
         return self.spec.warps * self.stage
+
+    def query(self, pairs: int, fragment: int) -> int:
+        """A fragment's words; :attr:`query_bytes` behind them, of linear pairs, their partners."""
+        return self.queries + 512 * (pairs * self.spec.groups + fragment)
+
+    @property
+    def query_bytes(self) -> int:
+        """Of all fragments, once."""
+        return 512 * self.spec.key_groups * self.spec.groups
 
     @functools.cached_property
     def angles(self) -> int:
         """Cosines and sines of a page's base, a warp: [group of pairs][t][cos cos sin sin]."""
-        size = 512 * self.spec.key_groups * self.spec.groups if self.spec.rotates else 0
-        return self.queries + size
+        if not self.spec.rotates:
+            return self.queries
+        return self.queries + self.query_bytes * (
+            2 if self.spec.explicit < self.spec.key_groups else 1
+        )
 
     @property
     def angle_bytes(self) -> int:

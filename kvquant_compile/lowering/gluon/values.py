@@ -7,6 +7,8 @@ the table bytes, which is exact. Zeros are summed apart, gains and offsets appli
 
 from __future__ import annotations
 
+import itertools
+import struct
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import (
@@ -29,6 +31,10 @@ from kvquant_compile.lowering.triton.spec import table_bias
 LOG2_ONE = 15.98815209769
 """log2 of 65000, the fixed-point one: below 2**16 by more than the rounding of large scores, which
 would carry the largest weight out of its two bytes."""
+
+MAGIC = 1.25 * 2.0**23
+"""Integer products start from its bits, and are then floats that much too large: no conversion.
+A page's products stay within 2**21: 64 tokens, table bytes up to 127, weight bytes up to 255."""
 
 LOWEST = "-1e13"
 """Below it a page's largest score is a hidden token's, and products of those with a unit are not to
@@ -53,7 +59,10 @@ class ValueEmitter:
         load_shared(out, [f"value_table{i}" for i in range(4)], "shared + t * 16", at)
         for group in self._groups:
             out(f"peak{group} = zero + {HIDDEN}", f"mass{group} = zero", f"flat{group} = zero")
+            out(f"excess{group} = zero  # by which all sums are too large")
             out(*(f"sum{group}_{i} = zero" for i in range(4 * self.spec.value_groups)))
+        text = f"mov.b32 $0, 0x{_bits(MAGIC):08X};"  # opaque: made once, not for every product
+        out.ptx(text, ["magic"], ["lz"], name="MAGIC")
         self.slots.prologue(out)
 
     def load_tokens(self, out: KernelWriter) -> None:
@@ -62,16 +71,13 @@ class ValueEmitter:
         load_shared(out, [f"w{j}" for j in range(8)], "here + g * 16", at, at + 128)
         self.slots.load(out)
 
-    def softmax(self, out: KernelWriter, level: bool) -> None:
-        """Weights as bytes ``byte{group}_{chunk}_{0,1}``, and the running state.
-
-        ``level`` says whether ``level{group}`` has still to be added to the scores.
-        """
+    def softmax(self, out: KernelWriter) -> None:
+        """Weights as bytes ``byte{group}_{chunk}_{0,1}``, and the running state."""
         out("", "# softmax: weights relative to the largest of the page")
         self._largest_scale(out)
         self.slots.bound(out)
         for group in self._groups:
-            self._weights(out, group, level)
+            self._weights(out, group)
         self._rescale(out)
 
     def _largest_scale(self, out: KernelWriter) -> None:
@@ -94,19 +100,17 @@ class ValueEmitter:
         if self.spec.layout.spec.value_bits == 4:  # bytes are entry + bias there
             out(*(f"mean{j} = mean{j} - step{j} * {float(bias)}" for j in range(n)))
 
-    def _weights(self, out: KernelWriter, group: int, level: bool) -> None:
+    def _weights(self, out: KernelWriter, group: int) -> None:
         unit = f"unit{group}"
         if self.spec.softcap:
             for j in range(8):
-                added = f" + level{group}" if level else ""
-                self._cap(out, f"s{group}_{j}", f"(s{group}_{j}{added}) * {unit}")
-            unit, level = "1.0", False
+                self._cap(out, f"s{group}_{j}", f"s{group}_{j} * {unit}")
+            unit = "1.0"
         out(f"high = s{group}_0", *(f"high = gl.maximum(high, s{group}_{j})" for j in range(1, 8)))
         reduce_lanes(out, "high", "gl.maximum({}, {})")
         out(
-            f"high = gl.maximum(high * {unit}, {LOWEST})",
-            "ground = high - room",
-            f"top = high + level{group} * {unit}" if level else "top = high",
+            f"top = gl.maximum(high * {unit}, {LOWEST})",
+            "ground = top - room",
             "page_mass = zero", "page_flat = zero",
         )  # fmt: skip
         for j in range(8):
@@ -189,45 +193,50 @@ class ValueEmitter:
         out("", f"# values of chunk {chunk}")
         load_codes(out, words, "here", base + chunk * 128 * count)
         table = [f"value_table{i}" for i in range(table_words(bits))]
-        text = self._product_text(len(table), adds=chunk > 0)
+        text = self._product_text(len(table))
         selectors: list[str] = []
         for index in range(0, 4 * self.spec.value_groups, 2):
             if index % 4 == 0:
                 selectors = unpack(out, words, bits, index // 4)
             totals = [f"total{g}_{index // 2}_{i}" for g in self._groups for i in range(4)]
             weights = [f"byte{g}_{chunk}_{i}" for g in self._groups for i in range(2)]
-            before = totals if chunk else []
+            before = totals if chunk else ["magic"] * len(totals)
             inputs = [*selectors[index % 4 : index % 4 + 2], *table, *weights, *before]
             out.ptx(text, totals, inputs, pure=True, name="VALUES")
 
-    def _product_text(self, table_size: int, *, adds: bool) -> str:
+    def _product_text(self, table_size: int) -> str:
         groups = self.spec.groups
         n = 4 * groups
         table = registers(n + 2, table_size)
         weights = registers(n + 2 + table_size, 2 * groups)
         before = n + 2 + table_size + 2 * groups
-        text = ".reg .b32 y, tmp, one, none; .reg .b32 a<4>;\n"
-        text += f"mov.b32 one, {ONES}; mov.b32 none, 0;\n"
+        text = f".reg .b32 y, tmp, one; .reg .b32 a<4>; mov.b32 one, {ONES};\n"
         for i in range(2):
             selector = f"${n + i}"
             text += lookup(f"a{2 * i}", selector, table) + upper("y", selector, table)
             text += lookup(f"a{2 * i + 1}", "y", table)
         for group in range(groups):
             d, b = registers(4 * group, 4), weights[2 * group : 2 * group + 2]
-            start = registers(before + 4 * group, 4) if adds else ["none"] * 4
+            start = registers(before + 4 * group, 4)
             text += byte_product(d, [f"a{i}" for i in range(4)], b, start)
         return text
 
     def finish(self, out: KernelWriter) -> None:
-        """Add the page's exact integer sums."""
+        """Add the page's sums, and to ``excess`` what they are too large by."""
         for group in self._groups:
-            for tile in range(2 * self.spec.value_groups):
-                for r in range(2):
-                    total = f"total{group}_{tile}"
-                    out(
-                        f"sum{group}_{2 * tile + r} += ({total}_{2 * r} * 256 +"
-                        f" {total}_{2 * r + 1}).to(gl.float32) * growth{group}"
-                    )
+            growth = f"growth{group}"
+            out(
+                f"upper = {growth} * 256.0",
+                f"excess{group} = excess{group} * decay{group} + {growth} * {257 * MAGIC}",
+            )
+            for tile, r in itertools.product(range(2 * self.spec.value_groups), range(2)):
+                name, total = f"sum{group}_{2 * tile + r}", f"total{group}_{tile}"
+                for i, factor in ((2 * r, "upper"), (2 * r + 1, growth)):
+                    out(f"{name} += {total}_{i}.to(gl.float32, bitcast=True) * {factor}")
+
+
+def _bits(x: float) -> int:
+    return int.from_bytes(struct.pack("<f", x), "little")
 
 
 _LOWER = ".reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l;"

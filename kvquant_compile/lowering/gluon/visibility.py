@@ -34,8 +34,10 @@ class VisibilityEmitter:
     spec: GluonSpec
     memory: Memory
 
-    def start(self, out: KernelWriter) -> None:
-        """``first_page``, where it does not depend on the queries' slots."""
+    def load(self, out: KernelWriter) -> None:
+        """Ask for the length and the first query's slot; ``first_page``, where it depends on
+        neither."""
+        out("limit = gl.load(history + row)", "first_slot = gl.load(slots + row * slot_row)")
         if not self.spec.window:
             out(f"first_page = SINKS // {PAGE_TOKENS}")
 
@@ -44,12 +46,11 @@ class VisibilityEmitter:
         sinks = "SINKS"
         out(
             "", "# tokens [begin, end) are seen by some query, [whole_begin, whole_end) by all",
-            "limit = gl.load(history + row)",
-            f"lowest = limit * 0 + {NOWHERE}",
-            "oldest = lowest",
-            "newest = limit * 0 - 1",
+            "lowest = first_slot",
+            f"oldest = gl.where(first_slot < 0, {NOWHERE}, first_slot)",
+            "newest = gl.maximum(first_slot, -1)",
         )  # fmt: skip
-        with out.block("for step in range(steps):"):
+        with out.block("for step in range(1, steps):"):
             out(
                 "slot = gl.load(slots + row * slot_row + step)",
                 "lowest = gl.minimum(lowest, slot)",

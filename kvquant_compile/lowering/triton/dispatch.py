@@ -49,7 +49,7 @@ def kernel_name(layout: Layout, device: torch.device, *, bias_or_chunks: bool = 
     """What attends to a layer, for reports; no kernel has position biases or chunks."""
     reason = refusal(layout, device)
     if bias_or_chunks:
-        reason = reason or "no kernels for position biases and chunked attention"
+        reason = reason or "no kernels for position biases, chunks and chosen keys"
     if device.type == "cpu" and not interpreting():
         return "torch (CPU)"
     if reason:

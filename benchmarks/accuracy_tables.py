@@ -1,0 +1,116 @@
+"""Tables of docs/accuracy.md: codecs against each other, and calibration texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.markdown import Record, markdown
+
+OURS = "kvquant+"
+NAMES = {"wikitext2_test": "WikiText-2", "c4_val_2k": "C4", "emma": "*Emma*"}
+
+
+def pareto(record: Record) -> str:
+    """All codecs, a table for every text and window."""
+    return "\n\n".join(_table(table) for table in record["tables"])
+
+
+def method(record: Record) -> str:
+    """The same for kvquant+ and the method as published, on all windows that they have."""
+    return "\n\n".join(_table(table) for table in record["method"])
+
+
+def calibrations(record: Record) -> str:
+    """What kvquant+ loses by what it was calibrated on, and how much more than calibrated on text
+    of the same kind."""
+    lines = record["calibrations"]
+    return markdown(
+        [
+            "scored on, bits",
+            "calibrated on",
+            "windows",
+            "loss",
+            "KL",
+            "over the same kind: loss, KL",
+        ],
+        (_calibration(line, lines) for line in lines),
+    )
+
+
+def calibrating(record: Record) -> str:
+    """Seconds of ``optimize``."""
+    lines = []
+    for row in record["rows"]:
+        on = row["calibrated_on"]
+        where = row["device"] if row["device"] != "cpu" else f"cpu, {row['threads']} threads"
+        peak = f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else ""
+        lines.append([
+            f"{row['model']}, {row['dtype']}", where,
+            f"{on['windows']} windows, {on['tokens']:,} tokens, {on['source']}",
+            f"{row['seconds']:.1f}", f"{row['weights_bytes'] / 1e9:.1f}", peak,
+        ])  # fmt: skip
+    head = ["model", "on", "calibrated on", "seconds", "weights, GB", "peak, GB"]
+    return markdown(head, lines)
+
+
+def _calibration(line: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    place = [line[key] for key in ("text", "window", "bits")]
+    same = next(
+        (
+            other
+            for other in lines
+            if [other[key] for key in ("text", "window", "bits")] == place
+            and other["calibration"] == line["text"]
+        ),
+        None,
+    )
+    ratio = "" if same is None or same is line else ", ".join(
+        f"{line[key] / same[key]:.2f}" for key in ("loss_percent", "kl")
+    )  # fmt: skip
+    kind = {"none": "its own samples", line["text"]: "the same kind"}
+    source = kind.get(line["calibration"], NAMES.get(line["calibration"], "another text"))
+    return [
+        f"{NAMES.get(line['text'], line['text'])}, {line['bits']}", source, str(line["windows"]),
+        _loss(line), _kl(line), ratio,
+    ]  # fmt: skip
+
+
+def _table(table: Mapping[str, Any]) -> str:
+    """Codecs by width, the least divergence first."""
+    rows = sorted(table["rows"], key=lambda r: (-float(r["bits"] or 99), r["kl"]))
+    name = NAMES.get(table["text"], table["text"]).strip("*")
+    title = (
+        f"**{name}, {table['windows']} windows of {table['window']} tokens**, perplexity of the"
+        f" original {table['perplexity']:.2f}:"
+    )
+    body = markdown(
+        ["codec", "effective bits", "loss", "KL", "times the loss of kvquant+", "times its KL"],
+        (_codec(row) for row in rows),
+    )
+    left = f"\n\nToo few windows in time: {', '.join(table['left_out'])}." * bool(table["left_out"])
+    return f"{title}\n\n{body}{left}"
+
+
+def _codec(row: Mapping[str, Any]) -> list[str]:
+    name = f"**{row['codec']}**" if row["recipe"] == OURS else row["codec"]
+    return [
+        name + " *" * row["best"], f"{row['effective_bits']:.2f}", _loss(row), _kl(row),
+        _times(row.get("times_loss")), _times(row.get("times_kl")),
+    ]  # fmt: skip
+
+
+def _times(factor: float | None) -> str:
+    return "" if factor is None else f"{factor:.1f}"
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    return f"{row['loss_percent']:+.2f}{_error(row['loss_error'], 2)} %"
+
+
+def _kl(row: Mapping[str, Any]) -> str:
+    return f"{row['kl']:.5f}{_error(row['kl_error'], 5)}"
+
+
+def _error(error: float | None, digits: int) -> str:
+    return "" if error is None else f" ± {error:.{digits}f}"
