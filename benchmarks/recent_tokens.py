@@ -88,6 +88,7 @@ def main() -> None:
 
     for bits in args.bits:
         data, options = read_text(args.calibration), {"windows": args.windows, "progress": False}
+        options["slots"] = args.slots
         kvquant_compile.optimize(model, bits, calibration=data, tokenizer=tokenizer, **options)
         artifact = kvquant_compile.artifact(model)
         for step in args.steps:
@@ -111,6 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--steps", type=int, nargs="*", default=[0, 8, 32, 128])
     parser.add_argument("--recent", type=int, nargs="*", default=[0, 16, 32, 64, 128])
+    parser.add_argument("--slots", type=int)
     parser.add_argument("--json", type=Path, default=Path("recent_tokens.json"))
     return parser.parse_args()
 

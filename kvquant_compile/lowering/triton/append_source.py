@@ -114,9 +114,8 @@ def append_source(spec: AppendSpec) -> str:
     out = Source()
     out("import triton", "import triton.language as tl", "")
     out(*(f"from {PACKAGE}.{module} import {names}" for module, names in IMPORTS.items()))
-    exact = spec.sinks > 0
+    exact = spec.sinks + spec.layout.ring > 0
     if spec.layout.ring:
-        exact = True
         out(f"from {PACKAGE}.ring import exact_base, exact_line, ring_state")
     out("", "")
     quantise_keys(out, spec.key, spec.layout.spec.key_token_scale, spec.reorder, exact)
