@@ -95,8 +95,7 @@ def test_small_cases(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["default", "4/2 bit, key slot, 96/32, scattered and hidden", "ragged and empty", "recent"],
+    "name", ["default", "4/2 bit, key slot, 96/32, scattered and hidden", "ragged and empty"]
 )
 def test_as_on_ampere(name: str) -> None:
     check(SMALL[name], bulk=False)
