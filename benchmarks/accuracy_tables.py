@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.markdown import Record, markdown
@@ -24,18 +24,9 @@ def method(record: Record) -> str:
 def calibrations(record: Record) -> str:
     """What kvquant+ loses by what it was calibrated on, and how much more than calibrated on text
     of the same kind."""
-    lines = record["calibrations"]
-    return markdown(
-        [
-            "scored on, bits",
-            "calibrated on",
-            "windows",
-            "loss",
-            "KL",
-            "over the same kind: loss, KL",
-        ],
-        (_calibration(line, lines) for line in lines),
-    )
+    head = ["scored on, bits", "calibrated on", "windows", "loss", "KL"]
+    over = ["perplexity over the same kind's", "times its loss", "times its KL"]
+    return markdown([*head, *over], (_calibration(line) for line in record["calibrations"]))
 
 
 def calibrating(record: Record) -> str:
@@ -54,25 +45,12 @@ def calibrating(record: Record) -> str:
     return markdown(head, lines)
 
 
-def _calibration(line: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    place = [line[key] for key in ("text", "window", "bits")]
-    same = next(
-        (
-            other
-            for other in lines
-            if [other[key] for key in ("text", "window", "bits")] == place
-            and other["calibration"] == line["text"]
-        ),
-        None,
-    )
-    ratio = "" if same is None or same is line else ", ".join(
-        f"{line[key] / same[key]:.2f}" for key in ("loss_percent", "kl")
-    )  # fmt: skip
+def _calibration(line: Mapping[str, Any]) -> list[str]:
     kind = {"none": "its own samples", line["text"]: "the same kind"}
     source = kind.get(line["calibration"], NAMES.get(line["calibration"], "another text"))
     return [
         f"{NAMES.get(line['text'], line['text'])}, {line['bits']}", source, str(line["windows"]),
-        _loss(line), _kl(line), ratio,
+        _loss(line), _kl(line), *_ratios(line),
     ]  # fmt: skip
 
 
@@ -84,10 +62,9 @@ def _table(table: Mapping[str, Any]) -> str:
         f"**{name}, {table['windows']} windows of {table['window']} tokens**, perplexity of the"
         f" original {table['perplexity']:.2f}:"
     )
-    body = markdown(
-        ["codec", "effective bits", "loss", "KL", "times the loss of kvquant+", "times its KL"],
-        (_codec(row) for row in rows),
-    )
+    head = ["codec", "effective bits", "loss", "KL"]
+    over = ["perplexity over that of kvquant+", "times its loss", "times its KL"]
+    body = markdown([*head, *over], (_codec(row) for row in rows))
     left = f"\n\nToo few windows in time: {', '.join(table['left_out'])}." * bool(table["left_out"])
     return f"{title}\n\n{body}{left}"
 
@@ -96,12 +73,20 @@ def _codec(row: Mapping[str, Any]) -> list[str]:
     name = f"**{row['codec']}**" if row["recipe"] == OURS else row["codec"]
     return [
         name + " *" * row["best"], f"{row['effective_bits']:.2f}", _loss(row), _kl(row),
-        _times(row.get("times_loss")), _times(row.get("times_kl")),
+        *_ratios(row),
     ]  # fmt: skip
 
 
+def _ratios(row: Mapping[str, Any]) -> list[str]:
+    """Against the point that a table compares with."""
+    if "over_percent" not in row:
+        return [""] * 3
+    over = f"{row['over_percent']:+.2f}{_error(row['over_error'], 2)} %"
+    return [over, _times(row.get("times_loss")), _times(row["times_kl"])]
+
+
 def _times(factor: float | None) -> str:
-    return "" if factor is None else f"{factor:.1f}"
+    return "" if factor is None else f"{factor:.2f}"
 
 
 def _loss(row: Mapping[str, Any]) -> str:

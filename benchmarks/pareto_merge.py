@@ -59,6 +59,7 @@ class Scores:
             return None
         count = min(counts[p] for p in kept)
         rows = {p: self.row(p, count) for p in kept}
+        ratios = {p: self.ratios(p, self, Point(OURS, p.bits), count) for p in kept}
         best = {row.name for row in front(list(rows.values()))}
         original = self.row(Point(ORIGINAL), count)
         return {
@@ -67,7 +68,9 @@ class Scores:
             "window": self.place.window,
             "windows": count,
             "perplexity": original.score.perplexity,
-            "rows": [_line(p, row, rows, row.name in best) for p, row in rows.items()],
+            "rows": [
+                _line(p, row) | {"best": row.name in best} | ratios[p] for p, row in rows.items()
+            ],
             "left_out": [p.name for p in counts if p not in kept],
         }
 
@@ -76,12 +79,37 @@ class Scores:
         value = self.values[point]
         exact = self.exact.get(point.name, 0.0) * (1 - 2 / self.itemsize)
         value = {**value, "effective_bits": value["effective_bits"] - exact}
-        original = self.values[Point(ORIGINAL)]["windows"]
-        return scored_row(point, value, original, count, self.place.window)
+        return self._scored(point, value, self.values[Point(ORIGINAL)], count)
+
+    def ratios(
+        self, point: Point, base: Scores, other: Point, count: int
+    ) -> dict[str, float | None]:
+        """A point against another one of the same text and windows.
+
+        Returns:
+            Its perplexity's excess over the other's in per cent with the standard error of the
+            mean of windows' differences, its divergence over the other's, and its loss over the
+            other's where that is no noise (twice its error). Empty for the same, and for none.
+        """
+        if other not in base.values or (base is self and point == other):
+            return {}
+        paired = self._scored(point, self.values[point], base.values[other], count)
+        mine, theirs = self.row(point, count), base.row(other, count)
+        found = {
+            "over_percent": paired.loss_percent,
+            "over_error": paired.loss_error,
+            "times_kl": mine.score.kl / theirs.score.kl,
+        }
+        if theirs.loss_percent > 2 * (theirs.loss_error or 0.0):
+            found["times_loss"] = mine.loss_percent / theirs.loss_percent
+        return found
+
+    def _scored(self, point: Point, value: Value, base: Value, count: int) -> Row:
+        return scored_row(point, value, base["windows"], count, self.place.window)
 
 
-def _line(point: Point, row: Row, rows: Mapping[Point, Row], best: bool) -> dict[str, Any]:
-    line = {
+def _line(point: Point, row: Row) -> dict[str, Any]:
+    return {
         "codec": row.name,
         "recipe": point.recipe,
         "bits": point.bits,
@@ -91,14 +119,7 @@ def _line(point: Point, row: Row, rows: Mapping[Point, Row], best: bool) -> dict
         "kl": row.score.kl,
         "kl_error": row.score.kl_error,
         "top1": row.score.top1,
-        "best": best,
     }
-    ours = rows.get(Point(OURS, point.bits))
-    if ours is not None and point.recipe != OURS:
-        line["times_kl"] = row.score.kl / ours.score.kl
-        if min(row.loss_percent, ours.loss_percent) > 0:
-            line["times_loss"] = row.loss_percent / ours.loss_percent
-    return line
 
 
 def collect(folder: Path) -> tuple[list[Scores], list[dict[str, Any]]]:
@@ -149,22 +170,22 @@ def merged(folder: Path, least: int) -> dict[str, Any]:
 
 
 def crossed(scores: Sequence[Scores], least: int) -> list[dict[str, Any]]:
-    """Every width of ours on a text by what it was calibrated on, on the same windows."""
-    groups: dict[tuple[str, int, Point], list[Scores]] = {}
-    for found in scores:
-        for point, value in found.values.items():
-            if point.recipe == OURS and len(value["windows"]) >= least:
-                key = found.place.text, found.place.window, point
-                groups.setdefault(key, []).append(found)
+    """Every width of ours on a text by what it was calibrated on, each on the windows that it and
+    the calibration on the same kind of text have in common."""
     lines = []
-    for (text, window, point), group in groups.items():
-        count = min(len(s.values[point]["windows"]) for s in group)
-        for found in group if len(group) > 1 else ():
-            row = found.row(point, count)
-            place = {"text": text, "window": window, "windows": count, "bits": point.bits}
-            calibration = {"calibration": found.place.calibration}
-            lines.append(place | calibration | _line(point, row, {}, False))
-    return lines
+    for same in (s for s in scores if s.place.calibration == s.place.text):
+        here = same.place.text, same.place.window
+        others = [s for s in scores if s is not same and (s.place.text, s.place.window) == here]
+        for found in (same, *others):
+            for point in (p for p in same.values if p.recipe == OURS and p in found.values):
+                count = min(len(s.values[point]["windows"]) for s in (found, same))
+                if count >= least:
+                    line = vars(found.place) | {"windows": count}
+                    line |= _line(point, found.row(point, count))
+                    lines.append(line | found.ratios(point, same, point, count))
+    return sorted(
+        lines, key=lambda line: (line["text"], line["window"], line["bits"]), reverse=True
+    )
 
 
 def _tables(

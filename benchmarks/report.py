@@ -3,8 +3,8 @@
     python -m benchmarks.report            # rewrite
     python -m benchmarks.report --check    # exit with 1 where a table is not what the JSON says
 
-A table stands between ``<!-- table KIND FILE -->`` and ``<!-- end -->`` in docs/performance.md or
-in README.md.
+A table stands between ``<!-- table KIND FILE -->`` and ``<!-- end -->`` in docs/performance.md,
+docs/accuracy.md or README.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks import accuracy_tables
 from benchmarks.markdown import Record, markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = tuple(ROOT / name for name in ("docs/performance.md", "docs/accuracy.md", "README.md"))
 RESULTS = ROOT / "docs" / "results"
 PEERS = ("cudnn bf16", "flash bf16", "flex bf16")
 MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

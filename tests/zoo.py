@@ -87,12 +87,14 @@ def unproved(**overrides: Any) -> PreTrainedModel:
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
-    """Perturb every parameter in place; deterministic for a seed."""
+    """Perturb every parameter in place but frozen ones (tables of cos and sin); deterministic for
+    a seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.add_(noise, alpha=0.1 if parameter.ndim > 1 else 0.3)
+            if parameter.requires_grad:
+                parameter.add_(noise, alpha=0.1 if parameter.ndim > 1 else 0.3)
     return model
 
 

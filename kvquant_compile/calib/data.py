@@ -157,6 +157,8 @@ def _sample(captured: Captured, ids: Tensor, tokens: int) -> Tensor:
         chances = torch.softmax(logits[:, -1].float(), -1)
         step = torch.multinomial(chances, 1)
         ids = torch.cat([ids, step], 1)
+    if captured.caches is not None:
+        captured.caches.forget()
     return ids
 
 

@@ -65,6 +65,7 @@ def mark_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[Meaning]:
     masks: dict[int, fx.Node] = {}
     meanings = []
     for site in sites:
+        _check_heads(site)
         meaning = understand(gm, site)
         meanings.append(meaning)
         if meaning.window not in masks:
@@ -75,6 +76,17 @@ def mark_sites(gm: fx.GraphModule, sites: Sequence[Site]) -> list[Meaning]:
     graph.lint()
     gm.recompile()
     return meanings
+
+
+def _check_heads(site: Site) -> None:
+    keys, values = (int(node.meta["val"].shape[1]) for node in (site.key, site.value))
+    if keys != values:
+        raise UnsupportedLayerError(
+            "an attention layer cannot be captured",
+            where=f"layer {site.layer}",
+            why=f"it caches {keys} heads of keys and {values} of values",
+            do="Cache as many heads of values as of keys.",
+        )
 
 
 def _inputs(graph: fx.Graph) -> _Inputs:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from kvquant_compile.capture.decoder import Decoder
-from kvquant_compile.capture.embedding import PER_LAYER
+from kvquant_compile.capture.embedding import EXTRA_INPUTS
 from kvquant_compile.capture.own_cache import CacheKind
 
 Convention = Literal["transformers", "functional"]
@@ -36,10 +36,10 @@ class Captured:
 
     Placeholders, in order: ``hidden`` [B, S, hidden] (the embedded tokens), ``attention_mask``
     [B, past + S] or None, ``position_ids`` [B, S] int64, ``past`` int for the transformers
-    convention, followed by ``per_layer_inputs`` [B, S, layers, width] and ``states`` (a cache or
-    None) where the model has them; ``ids`` [B, S] int64 and ``past`` int for the
-    functional one. The output is one tensor: the last hidden state [B, S, hidden], or the logits
-    [B, S, vocab].
+    convention, followed by ``per_layer_inputs`` [B, S, layers, width], ``ple_input_ids`` [B, S]
+    and ``states`` (a cache or None) where the model has them; ``ids`` [B, S] int64 and ``past``
+    int for the functional one. The output is one tensor: the last hidden state [B, S, hidden], or
+    the logits [B, S, vocab].
 
     Attributes:
         graph_module: the graph; its parameters are the model's own Parameter objects.
@@ -75,7 +75,7 @@ class Captured:
     def data_inputs(self) -> list[fx.Node]:
         """The graph inputs that carry tokens."""
         inputs = self.graph_module.graph.find_nodes(op="placeholder")
-        return [node for node in inputs if node.target in ("ids", "hidden", PER_LAYER)]
+        return [node for node in inputs if node.target in ("ids", "hidden", *EXTRA_INPUTS)]
 
     def placeholder(self, name: str) -> fx.Node:
         """The graph input of that name."""

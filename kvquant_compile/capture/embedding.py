@@ -1,4 +1,4 @@
-"""From token ids to what a transformers backbone is fed: embeddings, and per-layer embeddings."""
+"""From token ids to what a transformers backbone is fed: embeddings, and more where it asks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PER_LAYER = "per_layer_inputs"
+PER_LAYER, TOKEN_IDS = "per_layer_inputs", "ple_input_ids"
+# Beside embedded tokens: an embedding of its own for every layer (gemma3n), and the token ids
+# (qwen4_exp, which embeds groups of them); and the option that makes a backbone ask for it.
+EXTRA_INPUTS = {PER_LAYER: "hidden_size_per_layer_input", TOKEN_IDS: "ple_layer_ids"}
 
 
-def has_per_layer_inputs(backbone: nn.Module) -> bool:
-    """Whether every layer is fed an embedding of its own beside the hidden state (gemma3n)."""
+def extra_inputs(backbone: nn.Module) -> tuple[str, ...]:
+    """Which of :data:`EXTRA_INPUTS` a backbone is fed beside the hidden state."""
     config = getattr(backbone, "config", None)
     takes = inspect.signature(backbone.forward).parameters
-    return bool(PER_LAYER in takes and getattr(config, "hidden_size_per_layer_input", 0))
+    asked = EXTRA_INPUTS.items()
+    return tuple(n for n, option in asked if n in takes and getattr(config, option, None))
 
 
 def embedded(backbone: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -26,22 +30,28 @@ def embedded(backbone: Any, ids: Tensor) -> dict[str, Tensor]:
         ids: int64 [B, S].
 
     Returns:
-        ``hidden`` [B, S, width] and, where layers have embeddings of their own,
-        ``per_layer_inputs`` [B, S, layers, width].
+        ``hidden`` [B, S, width] and, where the backbone asks for them, ``per_layer_inputs``
+        [B, S, layers, width] and ``ple_input_ids`` int64 [B, S].
     """
     inputs = {"hidden": backbone.get_input_embeddings()(ids)}
-    if has_per_layer_inputs(backbone):
-        inputs[PER_LAYER] = backbone.get_per_layer_inputs(ids)
+    for name in extra_inputs(backbone):
+        inputs[name] = ids if name == TOKEN_IDS else backbone.get_per_layer_inputs(ids)
     return inputs
 
 
 def random_embedded(
     backbone: Any, like: Tensor, batch: int, tokens: int, seed: int
 ) -> dict[str, Tensor]:
-    """Random stand-ins for :func:`embedded`, in dtype and on the device of ``like``."""
+    """Random stand-ins for :func:`embedded`, on the device and, but for token ids, in the dtype
+    of ``like``."""
     generator = torch.Generator().manual_seed(seed)
     one = embedded(backbone, torch.zeros(1, 1, dtype=torch.long, device=like.device))
-    return {
-        name: torch.randn(batch, tokens, *value.shape[2:], generator=generator).to(like)
-        for name, value in one.items()
-    }
+    found = {}
+    for name, value in one.items():
+        size = batch, tokens, *value.shape[2:]
+        if name == TOKEN_IDS:
+            most = backbone.get_input_embeddings().weight.shape[0]
+            found[name] = torch.randint(most, size, generator=generator).to(like.device)
+        else:
+            found[name] = torch.randn(size, generator=generator).to(like)
+    return found

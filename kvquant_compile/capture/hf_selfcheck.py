@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvquant_compile.capture.capture_cache import Firings
-from kvquant_compile.capture.embedding import PER_LAYER, random_embedded
+from kvquant_compile.capture.embedding import random_embedded
 from kvquant_compile.capture.hf_hooks import attention_by
 from kvquant_compile.capture.own_cache import CacheKind
 from kvquant_compile.capture.rounding import Disturb, widened_limit
@@ -105,20 +105,21 @@ class _Talk:
         for tokens in self.calls:
             now = slice(past, past + tokens)
             known = mask[:, : past + tokens] if self.masked else None
-            hidden, *extra = (value[:, now] for value in fed.values())
+            extra = {name: value[:, now] for name, value in fed.items()}
+            hidden = extra.pop("hidden")
             yield _Step(hidden, known, positions[:, now], extra, mask[:, now].bool(), past)
             past += tokens
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One call: embedded tokens, 2-D mask or None, positions, per-layer inputs, which tokens are
-    real, and how many came before."""
+    """One call: embedded tokens, 2-D mask or None, positions, what else the backbone asks for,
+    which tokens are real, and how many came before."""
 
     hidden: Tensor
     mask: Tensor | None
     positions: Tensor
-    extra: list[Tensor]
+    extra: dict[str, Tensor]
     real: Tensor
     past: int
 
@@ -131,7 +132,7 @@ def _compare(
     expected = _outputs(original, [talk], lambda hidden: hidden)
     errors = []
     for step, wanted in zip(talk.steps(original), expected, strict=True):
-        inputs = (step.hidden, step.mask, step.positions, step.past, *step.extra)
+        inputs = (step.hidden, step.mask, step.positions, step.past, *step.extra.values())
         got = _captured(gm, original, talk, store, *inputs)
         size = (step.hidden.shape[1], step.past)
         errors.append((size, relative_error(got[step.real], wanted)))
@@ -146,8 +147,7 @@ def _outputs(original: Original, talks: Sequence[_Talk], disturb: Disturb) -> li
         for step in talk.steps(original):
             # A copy: some models scale what they are given in place.
             hidden = disturb(step.hidden.clone())
-            given: tuple[Any, ...] = (step.mask, step.positions, *step.extra)
-            outputs.append(_original(original.backbone, cache, hidden, *given)[step.real])
+            outputs.append(_original(original.backbone, cache, hidden, step)[step.real])
     return outputs
 
 
@@ -192,17 +192,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _original(
-    backbone: PreTrainedModel,
-    cache: DynamicCache,
-    hidden: Tensor,
-    mask: Tensor | None,
-    positions: Tensor,
-    per_layer: Tensor | None = None,
+    backbone: PreTrainedModel, cache: DynamicCache, hidden: Tensor, step: _Step
 ) -> Tensor:
     takes = inspect.signature(backbone.forward).parameters
-    named = {"attention_mask": mask, "position_ids": positions}
-    if per_layer is not None:
-        named[PER_LAYER] = per_layer
+    named = {"attention_mask": step.mask, "position_ids": step.positions, **step.extra}
     out = backbone(
         inputs_embeds=hidden, past_key_values=cache, use_cache=True,
         **{name: value for name, value in named.items() if name in takes},

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, DynamicCache
 
+from kvquant_compile.capture.attribute_states import held_by
 from kvquant_compile.capture.edit import add_call
 from kvquant_compile.capture.markers import STATEFUL
 from kvquant_compile.capture.own_cache import CacheKind
@@ -42,15 +43,16 @@ class Leaf(nn.Module):
     def __init__(self, module: nn.Module, caches: CacheKind, leaves: list[Any], spec: Any) -> None:
         super().__init__()
         self.module, self.caches, self.leaves, self.spec = module, caches, leaves, spec
+        self.attributes = [state for state in caches.attributes if state.owner is module]
 
     @property
     def has_state(self) -> bool:
-        """Whether the module takes a cache."""
-        return any(leaf is _CACHE for leaf in self.leaves)
+        """Whether the module takes a cache, or has attributes that one keeps."""
+        return bool(self.attributes) or any(leaf is _CACHE for leaf in self.leaves)
 
     def new_states(self) -> DynamicCache:
         """An empty cache, of which only the states are used."""
-        return self.caches.new()
+        return self.caches.new_states()
 
     def forward(self, states: Cache | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The module's outputs that are tensors."""
@@ -61,7 +63,8 @@ class Leaf(nn.Module):
             for leaf in self.leaves
         ]
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
-        outputs = pytree.tree_leaves(self.module(*args, **kwargs))
+        with nullcontext() if cache is None else held_by(cache, self.attributes):
+            outputs = pytree.tree_leaves(self.module(*args, **kwargs))
         return tuple(output for output in outputs if isinstance(output, Tensor))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from kvquant_compile.capture.attribute_states import ATTRIBUTE, AttributeState
 from kvquant_compile.capture.failures import definition_line
 from kvquant_compile.capture.state import Path, places
 from kvquant_compile.errors import UnsupportedModelError
@@ -33,19 +34,32 @@ class CacheKind:
     Attributes:
         config: of the text decoder, by which transformers' own cache has its layers.
         own: the class that the model brings along, if it takes no other.
+        attributes: where its modules keep states that are in no cache.
     """
 
     config: Any
     own: type[DynamicCache] | None = None
+    attributes: tuple[AttributeState, ...] = ()
 
     def new(self) -> DynamicCache:
-        """An empty cache for the original model."""
+        """An empty cache for the original model, whose attributes forget what they hold."""
+        self.forget()
+        return self.new_states()
+
+    def forget(self) -> None:
+        """Make attributes hold what they do before the first token."""
+        for state in self.attributes:
+            state.set(None)
+
+    def new_states(self) -> DynamicCache:
+        """An empty cache for leaves."""
         return DynamicCache(config=self.config) if self.own is None else self.own()
 
 
 def own_states(cache: Cache | None) -> list[tuple[Path, Tensor]]:
-    """The tensors [B, ...] that a cache of a model's own class holds beside keys and values."""
-    if cache is None or type(cache) is DynamicCache:
+    """The tensors [B, ...] that a cache holds beside what transformers' own layers do: those of a
+    model's own class, and of attributes."""
+    if cache is None or (type(cache) is DynamicCache and not hasattr(cache, ATTRIBUTE)):
         return []
     return [(path, value) for path, value in _own_places(cache) if isinstance(value, Tensor)]
 

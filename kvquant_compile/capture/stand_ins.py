@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvquant_compile.capture.embedding import PER_LAYER
+from kvquant_compile.capture.embedding import EXTRA_INPUTS
 
 
 def input_values(gm: fx.GraphModule, past: int, tokens: int, batch: int) -> dict[fx.Node, Any]:
@@ -30,7 +30,7 @@ def input_values(gm: fx.GraphModule, past: int, tokens: int, batch: int) -> dict
             values[node] = torch.arange(past, past + tokens, device=device).repeat(batch, 1)
         elif node.target == "attention_mask":
             values[node] = torch.ones(batch, past + tokens, dtype=torch.long, device=device)
-        elif node.target in ("hidden", PER_LAYER) and isinstance(fake, Tensor):
+        elif node.target in ("hidden", *EXTRA_INPUTS) and isinstance(fake, Tensor):
             size = batch, tokens, *map(int, fake.shape[2:])
             values[node] = torch.zeros(size, dtype=fake.dtype, device=device)
     return values

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+from kvquant_compile.capture.attribute_states import attribute_states, marks
 from kvquant_compile.capture.audit import audit_firings, audit_graph
 from kvquant_compile.capture.backbone import find_backbone, refuse_by_config
 from kvquant_compile.capture.cache_inputs import mark_appends
@@ -20,7 +21,8 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.cleanup import evaluation_mode, flat_graph, mask_from_input, sizes_from
 from kvquant_compile.capture.embedding import (
     PER_LAYER,
-    has_per_layer_inputs,
+    TOKEN_IDS,
+    extra_inputs,
     random_embedded,
 )
 from kvquant_compile.capture.failures import (
@@ -61,10 +63,11 @@ class _Flat(nn.Module):
         position_ids: Tensor,
         past: int,
         per_layer_inputs: Tensor | None = None,
+        ple_input_ids: Tensor | None = None,
     ) -> Tensor:
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
-        if per_layer_inputs is not None:
-            inputs[PER_LAYER] = per_layer_inputs
+        extra = {PER_LAYER: per_layer_inputs, TOKEN_IDS: ple_input_ids}
+        inputs |= {name: value for name, value in extra.items() if value is not None}
         cache = capture_cache(self.kind, past, self.seen)
         out = self.backbone(
             inputs_embeds=hidden,
@@ -109,17 +112,22 @@ def capture_transformers(model: PreTrainedModel, observer: Observer = SILENT) ->
         audit_graph(gm.graph, seen)
         original = Original(backbone, parameter, kind)
         evidence = self_check(gm, original, seen, mask_optional=optional)
+        kind.forget()
     return Captured(
         gm, "transformers", model, backbone, parameter.device, parameter.dtype, optional,
         caches=kind, evidence=evidence,
     )  # fmt: skip
 
 
-def _inputs(backbone: PreTrainedModel, like: Tensor, batch: int, tokens: int, past: int) -> Any:
-    hidden, *extra = random_embedded(backbone, like, batch, tokens, seed=0).values()
+def _inputs(
+    backbone: PreTrainedModel, like: Tensor, batch: int, tokens: int, past: int
+) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    """Arguments of :class:`_Flat`; what only some backbones ask for by name."""
+    extra = random_embedded(backbone, like, batch, tokens, seed=0)
+    hidden = extra.pop("hidden")
     mask = torch.ones(batch, past + tokens, dtype=torch.long, device=like.device)
     positions = torch.arange(past, past + tokens, device=like.device).repeat(batch, 1)
-    return hidden, mask, positions, past, *extra
+    return (hidden, mask, positions, past), extra
 
 
 def _text_config(backbone: PreTrainedModel) -> Any:
@@ -134,11 +142,12 @@ def _eager_run(
     Fewer attentions than appends tell that the model attends in code of its own. A model that
     does not run with transformers' own cache is run with that of its own class.
     """
-    seen = Firings()
+    seen, before = Firings(), marks(backbone)
     try:
         with markers_in(model, seen), watching(backbone, seen.watch):
             flat = _Flat(backbone, kind, seen)
-            flat(*_inputs(backbone, like, _BATCH, _TOKENS, 0))
+            inputs, extra = _inputs(backbone, like, _BATCH, _TOKENS, 0)
+            flat(*inputs, **extra)
     except KVQuantError:
         raise
     except Exception as error:
@@ -150,7 +159,9 @@ def _eager_run(
             raise not_running(model, error) from error
         return _eager_run(model, backbone, like, replace(kind, own=own))
     audit_firings(type(model).__name__, seen)
-    return seen, kind
+    states = attribute_states(backbone, like, before)
+    seen.watch.users |= {state.owner: None for state in states}
+    return seen, replace(kind, attributes=states)
 
 
 def _export(
@@ -164,14 +175,13 @@ def _export(
     two = {0: Dim.AUTO, 1: Dim.AUTO}
     shapes: dict[str, Any] = dict.fromkeys(("hidden", "attention_mask", "position_ids"), two)
     shapes["past"] = Dim.DYNAMIC
-    if has_per_layer_inputs(backbone):
-        shapes[PER_LAYER] = two
+    shapes |= dict.fromkeys(extra_inputs(backbone), two)
 
     def export() -> torch.export.ExportedProgram:
         with markers_in(model, tracing):
             return torch.export.export(
                 _Flat(backbone, kind, tracing),
-                _inputs(backbone, like, _BATCH, _TOKENS, _PAST),
+                *_inputs(backbone, like, _BATCH, _TOKENS, _PAST),
                 dynamic_shapes=shapes,
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
@@ -208,8 +218,8 @@ def _own_attention(
     observer: Observer,
 ) -> tuple[fx.GraphModule, Firings]:
     """The marked graph of a model whose attention is code of its own."""
-    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3]
-    before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
+    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[0][:3]
+    before = _inputs(backbone, like, _BATCH, _PAST, 0)[0][:3]
     with export_errors(model), attention_by(backbone, "eager"):
         caches = cache_inputs(backbone, kind, before)
         program = export_with_cache(backbone, kind, step, caches)
@@ -225,8 +235,8 @@ def _derived_keys(
     observer: Observer,
 ) -> fx.GraphModule:
     """The marked graph of a model that computes keys and values from what it has cached."""
-    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[:3]
-    before = _inputs(backbone, like, _BATCH, _PAST, 0)[:3]
+    step = _inputs(backbone, like, _BATCH, _TOKENS, _PAST)[0][:3]
+    before = _inputs(backbone, like, _BATCH, _PAST, 0)[0][:3]
     tracing = Firings(masks=eager.masks, replaying=True)
     with export_errors(model):
         caches = cache_inputs(backbone, kind, before)

@@ -31,6 +31,7 @@ from kvquant_compile.lowering.masks import (
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.lowering.read import read_keys, read_values
 from kvquant_compile.lowering.recent import put_exact
+from kvquant_compile.lowering.score_bias import Bias, score_bias
 from kvquant_compile.lowering.softmax import OnlineSoftmax
 
 BLOCK_PAGES = 64
@@ -138,7 +139,7 @@ def attend(
             and history_by_flash(state, ordered, keys, values, site)
         ):
             continue
-        bias = _bias(site, slots, places_of(first, keys), groups)
+        bias = score_bias(site, slots, places_of(first, keys), groups)
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
         state.merge(slice(None), *(x.unflatten(1, groups) for x in own))
@@ -240,34 +241,8 @@ def _attend_own(
             seen = seen & site.selected.gather(2, places)
         tile = slice(start, start + block)
         keys, values = key[:, :, tile].float(), value[:, :, tile].float()
-        bias = _bias(site, slots, own, (query.shape[1], query.shape[2]))
+        bias = score_bias(site, slots, own, (query.shape[1], query.shape[2]))
         _update(state, query, keys, values, seen, site.softcap, bias, first_query=start)
-
-
-def _bias(site: Site, slots: Tensor, places: Tensor, groups: tuple[int, int]) -> Tensor | None:
-    """What the distance adds to scores: float32 [B, H, G, S, N]; None without a position bias.
-
-    Args:
-        site: of the attention.
-        slots: of the queries, [B, S].
-        places: slots of the keys, [B or 1, N].
-        groups: kv heads, queries per kv head.
-    """
-    if not site.biased:
-        return None
-    distance = (places[:, None, :] - slots[..., None])[:, None, None]
-    if site.distance_logits is not None:
-        return _by_distance(site.distance_logits.unflatten(1, groups).float(), -distance)
-    assert site.slopes is not None
-    return site.slopes.view(1, *groups, 1, 1) * distance
-
-
-def _by_distance(logits: Tensor, distance: Tensor) -> Tensor:
-    """logits [B, H, G, S, extent] at distances [B, 1, 1, S, N]; 0 beyond their extent."""
-    extent = logits.shape[-1]
-    near = (distance >= 0) & (distance < extent)
-    index = torch.where(near, distance, 0).long()
-    return torch.where(near, logits.gather(-1, index.expand(*logits.shape[:-1], -1)), 0.0)
 
 
 def _update(
@@ -277,7 +252,7 @@ def _update(
     values: Tensor,
     visible: Tensor | None,
     softcap: float,
-    bias: Tensor | None = None,
+    bias: Bias | None = None,
     first_query: int = 0,
 ) -> None:
     """Merge one block of keys into the softmax of all queries from ``first_query`` on."""
@@ -293,7 +268,7 @@ def _update(
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         if bias is not None:
-            scores = scores + bias[..., tile, :]
+            scores = scores + bias(tile)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
         state.update(tile, scores, values)

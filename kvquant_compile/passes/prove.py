@@ -52,14 +52,21 @@ class Proof:
     evidence: dict[str, Any]
 
 
+def counts_columns(gm: fx.GraphModule) -> bool:
+    """Whether a graph takes no positions, so that those it knows are columns of its cache."""
+    taken = gm.graph.find_nodes(op="placeholder")
+    return not any(node.target == "position_ids" and node.users for node in taken)
+
+
 class Prover:
     """Proves rotations of one captured graph; what depends on no data is worked out once."""
 
     def __init__(self, captured: Captured) -> None:
-        functional = captured.convention == "functional"
         self.captured = captured
         self.known: Taint = taint(captured.graph_module.graph, *captured.data_inputs)
-        self.interpreter = Interpreter(captured.graph_module, functional=functional)
+        self.interpreter = Interpreter(
+            captured.graph_module, by_columns=counts_columns(captured.graph_module)
+        )
         self.reader = AngleReader(captured, self.interpreter)
 
     def prove(self, end: fx.Node) -> Proof:

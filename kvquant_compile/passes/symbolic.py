@@ -46,16 +46,16 @@ class Interpreter:
 
     Args:
         gm: the captured graph.
-        functional: positions come from ``past`` alone (one token stands at ``past``).
+        by_columns: positions come from ``past`` alone (one token stands at ``past``).
     """
 
-    def __init__(self, gm: fx.GraphModule, *, functional: bool) -> None:
+    def __init__(self, gm: fx.GraphModule, *, by_columns: bool) -> None:
         self.gm, self.pool, self.lookups = gm, Pool(), Lookups(POSITION)
         self.angles: dict[fx.Node, Symbolic] = {}
         self.shared: dict[fx.Node, Any] = {}
         for node in gm.graph.find_nodes(op="placeholder"):
             if node.target == "past":
-                self.shared[node] = POSITION if functional else _PAST
+                self.shared[node] = POSITION if by_columns else _PAST
             elif node.target == "position_ids":
                 self.shared[node] = Symbolic(self.pool.lift(POSITION).index.reshape(1, 1))
 

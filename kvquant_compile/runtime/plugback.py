@@ -7,6 +7,7 @@ parameters, state dict and every other method stay the user's own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvquant_compile.capture.captured import Captured
-from kvquant_compile.capture.embedding import PER_LAYER, embedded, has_per_layer_inputs
+from kvquant_compile.capture.embedding import embedded, extra_inputs
 from kvquant_compile.errors import OptionError, UnsupportedModelError
 from kvquant_compile.logs import logger
 from kvquant_compile.runtime.cache import QuantizedCache
@@ -42,7 +43,10 @@ def output_type(captured: Captured) -> type | None:
         return None
     ids = torch.zeros(1, 1, dtype=torch.int64, device=captured.device)
     with torch.no_grad():
-        return type(captured.backbone(input_ids=ids, use_cache=False))
+        found = type(captured.backbone(input_ids=ids, use_cache=False))
+    if captured.caches is not None:
+        captured.caches.forget()
+    return found
 
 
 def install(model: nn.Module, state: Installed, output_type: type | None) -> None:
@@ -86,6 +90,7 @@ def _backbone_forward(
 ) -> Callable[..., Any]:
     original = backbone.forward
     signature = inspect.signature(original)
+    has_cache = "past_key_values" in {part.name for part in dataclasses.fields(output_type)}
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -103,8 +108,9 @@ def _backbone_forward(
             _refuse_packed(given)
         owned = cache if cache is not None else state.program.new_cache()
         hidden = _run_backbone(backbone, state, given, owned)
-        keep = cache is not None or _wants_cache(backbone, given)
-        result = output_type(last_hidden_state=hidden, past_key_values=owned if keep else None)
+        result = output_type(last_hidden_state=hidden)
+        if has_cache and (cache is not None or _wants_cache(backbone, given)):
+            result.past_key_values = owned
         return result if given.get("return_dict", True) is not False else result.to_tuple()
 
     return forward
@@ -162,9 +168,10 @@ def _refuse_unsupported(backbone: Any, given: dict[str, Any]) -> None:
 def _refuse_unread(backbone: Any, signature: inspect.Signature, given: dict[str, Any]) -> None:
     """Raise for inputs that the program does not read and the original might: encoder states,
     token types, the features of images."""
+    also = extra_inputs(backbone)
     for name, value in given.items():
         known = signature.parameters.get(name)
-        read = name in _READ or (name == PER_LAYER and has_per_layer_inputs(backbone))
+        read = name in _READ or name in also
         nothing = value is None or value is False or (known and value is known.default)
         if read or nothing or name.startswith("output_"):
             continue
@@ -219,14 +226,14 @@ def _fed(backbone: Any, given: dict[str, Any], span: slice) -> dict[str, Tensor]
     if given.get("inputs_embeds") is None:
         return embedded(backbone, given["input_ids"][:, span])
     fed = {"hidden": given["inputs_embeds"][:, span]}
-    if has_per_layer_inputs(backbone):
-        if given.get(PER_LAYER) is None:
+    for name in extra_inputs(backbone):
+        if given.get(name) is None:
             raise OptionError(
-                f"inputs_embeds without {PER_LAYER} on an optimised model",
-                why="every layer is fed an embedding of the token beside the hidden state",
+                f"inputs_embeds without {name} on an optimised model",
+                why="layers are fed more of a token than its embedding",
                 do="Pass input_ids, or both.",
             )
-        fed[PER_LAYER] = given[PER_LAYER][:, span]
+        fed[name] = given[name][:, span]
     return fed
 
 

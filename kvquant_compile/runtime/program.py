@@ -79,7 +79,8 @@ class Program:
         Args:
             inputs: the captured graph's own inputs by placeholder name.
             cache: grown by the step's tokens; unchanged if the step fails.
-            positions: int [B, S].
+            positions: int [B, S]; of no effect where the graph takes no positions: those that
+                it knows are columns then, padding included.
             attention_mask: [B, cached + S] or None.
             exact_chunk: read the step's own tokens exactly (generation) instead of from the
                 cache (honest evaluation).
@@ -100,6 +101,9 @@ class Program:
         exact_chunk: bool,
     ) -> Tensor:
         """:meth:`run` after the cache has admitted the step; ``real`` is what it answered."""
+        if "past" in self.inputs and "position_ids" not in self.inputs:
+            end = cache.columns + positions.shape[1]
+            positions = torch.arange(cache.columns, end, device=self.device).expand_as(positions)
         step = cache.place(positions, real)
         # a recurrent state has gone on by then; pages have not changed below the old lengths
         guard = nullcontext() if cache.states is None else cache.undividable("a step")

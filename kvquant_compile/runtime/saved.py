@@ -33,8 +33,8 @@ def save(cache: QuantizedCache, identity: Identity, path: str | Path) -> None:
     if own_states(cache.states):
         raise CacheError(
             "this cache cannot be saved",
-            why=f"its model keeps states in a class of its own, {type(cache.states).__name__},"
-            " which nothing but the model's code can fill",
+            why="its model keeps states in a cache class or in attributes of its own, which"
+            " nothing but the model's code can fill",
             do="Run the prompt again instead, or keep the cache and fork it.",
         )
     lengths = cache.lengths.cpu()

@@ -61,6 +61,12 @@ def test_codecs_are_compared_on_the_windows_that_all_have(record: dict[str, Any]
     assert (ours["best"], kivi["best"]) == (True, False)
 
 
+def test_a_loss_within_its_error_is_no_denominator(record: dict[str, Any]) -> None:
+    same, other = record["calibrations"]
+    assert 0 < same["loss_percent"] < 2 * same["loss_error"]
+    assert "times_loss" not in other
+
+
 def test_exact_tokens_count_16_bits(record: dict[str, Any]) -> None:
     ours, kivi = record["tables"][0]["rows"]
     assert ours["effective_bits"] == 2.4
@@ -73,8 +79,12 @@ def test_calibrations_are_compared_with_one_on_the_same_kind_of_text(
     same, other = record["calibrations"]
     assert (same["calibration"], other["calibration"]) == ("emma", "c")
     assert same["windows"] == other["windows"] == 4
-    text = calibrations({"calibrations": [{**same, "kl": 0.03}, {**other, "kl": 0.06}]})
-    assert text.splitlines()[-1].endswith("2.00 |")
+    assert "times_kl" not in same
+    assert other["times_kl"] == pytest.approx(0.04 / same["kl"])
+    assert other["over_percent"] == pytest.approx(
+        100 * math.expm1((3 * 0.01 + BASE + 0.02 - 9) / 4)
+    )
+    text = calibrations(record)
     assert "| *Emma*, 2 | the same kind | 4 |" in text
 
 

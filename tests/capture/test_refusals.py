@@ -163,7 +163,7 @@ def test_a_module_without_a_cache_is_refused():
 
 def test_an_original_that_contradicts_itself_is_said_to():
     with pytest.raises(UnsupportedModelError, match="the original contradicts itself"):
-        capture(build("recurrent_gemma"))
+        capture(build("git"))
 
 
 def test_a_cache_that_never_forgets_within_the_context_is_one():

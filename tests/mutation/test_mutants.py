@@ -15,7 +15,16 @@ from tests import zoo
 from tests.mutation.edits import edits, source_tree
 from tests.mutation.originals import originals
 from tests.mutation.table import LIVE, judge_original
-from tests.mutation.verdict import BEFORE, BEHIND, WRONG, judge, mutants, outputs, rotates
+from tests.mutation.verdict import (
+    BEFORE,
+    BEHIND,
+    REFUSED,
+    WRONG,
+    judge,
+    mutants,
+    outputs,
+    rotates,
+)
 
 ORIGINALS = originals()
 
@@ -96,3 +105,19 @@ def test_no_original_is_refused(name: str) -> None:
     for layer in recognise(captured):
         assert layer.plan.refusal == ""
         assert rotates(captured, layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("IsCausalDecoder", "k -> q"), ("SeparateDecoder", "key -> query")]
+)
+def test_more_heads_of_keys_than_of_values_are_refused(name: str, where: str) -> None:
+    original = ORIGINALS[name]
+    model = original.build()
+    chosen = [
+        m for m in mutants(original) if m.edit.kind == "another tensor" and where == m.edit.where
+    ]
+    unchanged = outputs(original, model)
+    outcomes = [judge(mutant, model, unchanged) for mutant in chosen]
+    assert not {outcome.verdict for outcome in outcomes} & set(WRONG)
+    refused = [outcome.reason for outcome in outcomes if outcome.verdict == REFUSED]
+    assert any("4 heads of keys and 2 of values" in reason for reason in refused)

@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from kvquant_compile.capture import capture
 from kvquant_compile.capture.reference import exact_attention
 from kvquant_compile.errors import KVQuantError, UnsupportedLayerError
-from kvquant_compile.lowering.attend import _by_distance
+from kvquant_compile.lowering.score_bias import by_distance
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.runtime.validate import validate_lossless
 from tests.survey.case import build
@@ -117,4 +117,4 @@ def test_bias_and_sinks_are_part_of_the_softmax():
 def test_what_is_as_far_as_the_extent_has_no_bias():
     logits = torch.arange(1.0, 4).view(1, 1, 1, 1, 3)
     distance = torch.tensor([4, 3, 2, 1, 0, -1]).view(1, 1, 1, 1, -1)
-    assert _by_distance(logits, distance).flatten().tolist() == [0, 0, 3, 2, 1, 0]
+    assert by_distance(logits, distance).flatten().tolist() == [0, 0, 3, 2, 1, 0]

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from kvquant_compile.capture import capture
+from kvquant_compile.capture.edit import add_op
 from kvquant_compile.capture.run import Evaluator
+from kvquant_compile.errors import UnsupportedModelError
 from kvquant_compile.passes import apply_rope, recognise
+from kvquant_compile.runtime.validate import validate_lossless
 from tests import zoo
+from tests.survey.case import build
 
 HALF = tuple((i, i + 8) for i in range(8))
 PAIRS = tuple((2 * i, 2 * i + 1) for i in range(8))
@@ -148,3 +152,22 @@ def test_recognise_twice_gives_the_same_plans():
     captured = zoo.captured_decoder("MatmulDecoder")
     first, second = recognise(captured), recognise(captured)
     assert [layer.plan for layer in first] == [layer.plan for layer in second]
+
+
+def test_positions_may_be_columns_where_a_graph_takes_no_others():
+    """RoFormer counts columns, padding included, and looks cos and sin up there."""
+    try:
+        captured = capture(build("roformer"))
+    except UnsupportedModelError as error:
+        if "contradicts itself" not in str(error):
+            raise
+        pytest.skip("in these transformers, steps of RoFormer differ from all tokens at once")
+    layers = recognise(captured)
+    assert {layer.plan.rope.pairing for layer in layers} == {"interleaved"}
+    assert layers[0].plan.certificate["table_misfit"] < 1e-4
+    assert max(validate_lossless(captured, layers).values()) < 1e-5
+    graph = captured.graph_module.graph
+    positions = captured.placeholder("position_ids")
+    # If both are taken, columns are no positions.
+    add_op(graph, positions, torch.ops.aten.neg.default, (positions,))
+    assert "a table lookup at ['past']" in recognise(captured)[0].plan.refusal

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import kvquant_compile
 from kvquant_compile import KVQuantError, OptionError
@@ -150,6 +152,20 @@ def test_latent_attention_follows_its_absorbed_matrices() -> None:
     same(results(model), results(expected))
     with expected.disable_adapter(), model.disable_adapter():
         same(results(model), results(expected))
+
+
+def test_a_wrapper_is_saved_with_its_tables(tmp_path: Path) -> None:
+    zoo.tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    windows = zoo.tokens(2, 64)
+    kvquant_compile.optimize(model, bits=3, calibration=windows, sensitivity="none",
+                             attend_quantized=True)  # fmt: skip
+    kvquant_compile.save_pretrained(model, tmp_path / "out")  # adapters and tables only
+    again = kvquant_compile.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_adapters_by_sequence_are_refused() -> None:

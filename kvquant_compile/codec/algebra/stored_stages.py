@@ -33,12 +33,16 @@ class Normalise(Stage):
         return (float16_part("size", tokens, 1),)
 
     def forward(self, x: Tensor, constants: Constants) -> tuple[Tensor, Parts]:
-        """Divide by the size as it is stored."""
+        """Divide by the size as it is stored.
+
+        Sums are in float64, so that their order, which on a GPU depends on how many tokens there
+        are, changes nothing.
+        """
         finite = saturated(x)
         if self.stat == "std":
-            size = finite.std(-1, keepdim=True)
+            size = finite.double().std(-1, keepdim=True)
         elif self.stat == "rms":
-            size = finite.square().mean(-1, keepdim=True).sqrt()
+            size = finite.double().square().mean(-1, keepdim=True).sqrt()
         else:
             size = finite.abs().amax(-1, keepdim=True)
         size = to_float16(size)

@@ -121,10 +121,7 @@ def programs_per_multiprocessor(spec: GluonSpec, shared: int) -> int:
     """How many programs fit: by shared memory, and by the registers that sums and queries take."""
     by_memory = (shared - RESERVED_BYTES) // (Memory(spec).size + TRITON_BYTES + RESERVED_BYTES)
     wide = spec.groups * max(spec.key_groups, spec.value_groups)
-    codec = spec.layout.spec
-    light = max(codec.key_bits, codec.value_bits) <= 2 and not codec.key_slots + codec.value_slots
-    by_registers = 4 if light and wide <= 4 else 3 if wide <= 4 else 2
-    return max(1, min(by_memory, by_registers))
+    return max(1, min(by_memory, 3 if wide <= 4 else 2))
 
 
 def register_limit(spec: GluonSpec, resident: int) -> int:
