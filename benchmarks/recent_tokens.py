@@ -1,16 +1,19 @@
-"""What exact recent tokens are worth: a text read in steps, each step's own tokens exact.
+"""What exact recent tokens are worth: ``recent_window=``, and a text read in steps.
 
     python benchmarks/recent_tokens.py --model MODEL --text TEXT --calibration OTHER --json OUT
 
-A step of S tokens attends to its own tokens exactly and to all before it through the packed cache,
-so that (S - 1) / 2 of a token's predecessors are exact in the mean. A ring of the last R tokens
-would store (16 - b) R / L bits more an element in a cache of L tokens.
+With a window of R a token and R - 1 predecessors are exact in one pass that reads everything from
+the cache, as they are when decoding. A step of S tokens attends to its own tokens exactly and to
+all before it through the packed cache, so that (S - 1) / 2 of a token's predecessors are exact in
+the mean. A window stores 16 R / L bits more an element in a cache of L tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +37,68 @@ def in_steps(model: Any, ids: Tensor, step: int) -> Tensor:
     return torch.cat(parts)
 
 
+def with_window(artifact: Any, recent: int) -> Any:
+    """The same tables in pages beside which ``recent`` last tokens are exact."""
+    specs = {i: dataclasses.replace(s, recent_tokens=recent) for i, s in artifact.specs.items()}
+    return dataclasses.replace(artifact, specs=specs)
+
+
+class Scorer:
+    """Scores of an optimised model against the original on some windows."""
+
+    def __init__(self, model: Any, windows: Sequence[Tensor]) -> None:
+        self.model, self.windows = model, windows
+        with torch.no_grad():
+            self.exact = [model(ids).logits[0, :-1] for ids in windows]
+        pairs = zip(self.exact, windows, strict=True)
+        self.original = torch.stack([compare(p, p, ids[0, 1:]) for p, ids in pairs])
+
+    def score(self, step: int) -> dict[str, Any]:
+        """Read in steps of so many tokens; 0: in one pass from the cache."""
+        rows = [
+            compare(p, in_steps(self.model, ids, step)[:-1], ids[0, 1:])
+            for p, ids in zip(self.exact, self.windows, strict=True)
+        ]
+        tokens = sum(ids.shape[1] - 1 for ids in self.windows)
+        return vars(summary(torch.stack(rows), self.original, tokens))
+
+    def effective_bits(self) -> float:
+        """Of a cache of one window."""
+        cache = kvquant_compile.new_cache(self.model)
+        with torch.no_grad():
+            self.model(self.windows[0], past_key_values=cache)
+        return float(cache.effective_bits())
+
+
 def main() -> None:
     args = _arguments()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     windows = text_windows(read_text(args.text), tokenizer, args.window, args.limit)
-    with torch.no_grad():
-        exact = [model(ids).logits[0, :-1] for ids in windows]
-    original = torch.stack(
-        [compare(p, p, ids[0, 1:]) for p, ids in zip(exact, windows, strict=True)]
-    )
+    scorer = Scorer(model, windows)
     record: dict[str, Any] = {"arguments": vars(args) | {"model": Path(args.model).name}}
     for name in ("text", "calibration", "json"):
         record["arguments"][name] = vars(args)[name].name
+
+    def note(name: str, found: dict[str, Any]) -> None:
+        record[name] = found
+        bits = f", {found['bits']:.3f} bits" if "bits" in found else ""
+        print(f"{name}: KL {found['kl']:.5f} ± {found['kl_error']}{bits}", flush=True)
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
     for bits in args.bits:
-        data = read_text(args.calibration)
-        kvquant_compile.optimize(
-            model, bits, calibration=data, tokenizer=tokenizer, windows=args.windows, progress=False
-        )
+        data, options = read_text(args.calibration), {"windows": args.windows, "progress": False}
+        options["slots"] = args.slots
+        kvquant_compile.optimize(model, bits, calibration=data, tokenizer=tokenizer, **options)
+        artifact = kvquant_compile.artifact(model)
         for step in args.steps:
-            rows = [
-                compare(p, in_steps(model, ids, step)[:-1], ids[0, 1:])
-                for p, ids in zip(exact, windows, strict=True)
-            ]
-            score = summary(torch.stack(rows), original, len(windows) * (args.window - 1))
-            record[f"{bits} bits, steps of {step}"] = vars(score)
-            print(f"{bits} bits, steps of {step}: KL {score.kl:.5f} ± {score.kl_error}", flush=True)
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
+            note(f"{bits} bits, steps of {step}", scorer.score(step))
         kvquant_compile.restore(model)
+        for recent in args.recent:
+            kvquant_compile.optimize(model, calibration=with_window(artifact, recent))
+            found = {**scorer.score(0), "bits": scorer.effective_bits()}
+            note(f"{bits} bits, recent_window={recent}", found)
+            kvquant_compile.restore(model)
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,7 +110,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 8, 32, 128])
+    parser.add_argument("--steps", type=int, nargs="*", default=[0, 8, 32, 128])
+    parser.add_argument("--recent", type=int, nargs="*", default=[0, 16, 32, 64, 128])
+    parser.add_argument("--slots", type=int)
     parser.add_argument("--json", type=Path, default=Path("recent_tokens.json"))
     return parser.parse_args()
 

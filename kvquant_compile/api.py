@@ -54,6 +54,7 @@ def optimize(
     tokenizer: Any = None,
     slots: int | None = None,
     sinks: int | None = None,
+    recent_window: int | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     strict: bool = True,
     seed: int = 0,
@@ -97,6 +98,9 @@ def optimize(
         slots: exact outlier slots of every (token, head), keys and values each; None: 1, or
             the artifact's.
         sinks: leading tokens of every sequence kept exactly; None: 1, or the artifact's.
+        recent_window: last tokens of every sequence kept exactly besides, a multiple of 16, up to
+            1024; None: 0, or the artifact's. Worth most at 2 bits and in long contexts
+            (docs/accuracy.md, "Recent tokens").
         example_inputs: (ids, past) for modules that are not transformers': past an empty cache
             (None, or a cache object), or a start position (0, or positions): docs/conventions.md.
         strict: raise when a layer's keys must be stored after RoPE; else warn once.
@@ -132,7 +136,7 @@ def optimize(
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
     mixed = MixedBits.make(bits, budget, allocation)
     whole = cast("Bits | Mapping[int, Bits] | None", bits if mixed is None else mixed.placeholder)
-    choice = choose(recipe, whole, slots, sinks)
+    choice = choose(recipe, whole, slots, sinks, recent_window)
     if given is not None and choice.asked:
         check_asked(choice, mixed, given)
     options = choice.calibration(options)

@@ -12,6 +12,9 @@ from kvquant_compile.errors import OptionError
 
 Bits = int | tuple[int, int]
 
+MOST_RECENT = 1024
+"""More exact last tokens than this would be another kind of cache."""
+
 
 @dataclass(frozen=True)
 class FormatOptions:
@@ -21,11 +24,13 @@ class FormatOptions:
         bits: a width for keys and values, a (key, value) pair, or cache index -> either.
         slots: outlier slots per (token, head) of keys and of values, 0..4.
         sinks: leading tokens kept exactly, 0..64.
+        recent_window: last tokens kept exactly, a multiple of 16 up to 1024.
     """
 
     bits: Bits | Mapping[int, Bits] = 3
     slots: int = 1
     sinks: int = 1
+    recent_window: int = 0
 
     def __post_init__(self) -> None:
         for name, most in (("slots", 4), ("sinks", 64)):
@@ -36,16 +41,26 @@ class FormatOptions:
                     why=f"it must be a whole number from 0 to {most}",
                     do="Leave it out for the default.",
                 )
+        recent = self.recent_window
+        if type(recent) is not int or recent % 16 or not 0 <= recent <= MOST_RECENT:
+            raise OptionError(
+                f"recent_window={recent!r}",
+                why=f"it must be a multiple of 16 from 0 to {MOST_RECENT}",
+                do="Leave it out for the default.",
+            )
         values = self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]
         for value in values:
             _pair(value)
 
     @staticmethod
     def make(
-        bits: Bits | Mapping[int, Bits] | None, slots: int | None, sinks: int | None
+        bits: Bits | Mapping[int, Bits] | None,
+        slots: int | None,
+        sinks: int | None,
+        recent_window: int | None = None,
     ) -> FormatOptions:
         """Options from what the user gave; None takes the default."""
-        asked = {"bits": bits, "slots": slots, "sinks": sinks}
+        asked = {"bits": bits, "slots": slots, "sinks": sinks, "recent_window": recent_window}
         return FormatOptions(**{k: v for k, v in asked.items() if v is not None})  # type: ignore[arg-type]
 
     def specs(self, indices: Sequence[int]) -> dict[int, CodecSpec]:
@@ -88,7 +103,8 @@ class FormatOptions:
         key, value = _pair(bits)
         if key == LOSSLESS:
             return lossless_spec()
-        return CodecSpec(key, value, self.slots, self.slots, True, self.sinks)
+        slots, recent = self.slots, self.recent_window
+        return CodecSpec(key, value, slots, slots, True, self.sinks, recent)
 
 
 def _pair(bits: Any) -> tuple[int, int]:

@@ -107,7 +107,12 @@ class Artifact:
 
 def _described(spec: Format) -> Any:
     """A format as JSON: a recipe by its text, others by their fields."""
-    return str(spec) if isinstance(spec, Recipe) else asdict(spec)
+    if isinstance(spec, Recipe):
+        return str(spec)
+    fields = asdict(spec)
+    if not spec.recent_tokens:  # artifacts without them stay what they were
+        del fields["recent_tokens"]
+    return fields
 
 
 def _format(described: Any) -> Format:

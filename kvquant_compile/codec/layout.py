@@ -14,6 +14,8 @@ value slot channels   as for keys
 value slot residuals  as for keys
 ====================  =========================================================
 
+Exact tokens lie outside the pages (:mod:`kvquant_compile.lowering.recent`).
+
 A lossless page holds the keys [64, D] and the values [64, D] in the model's own dtype.
 Keys are stored in *pair order*: channel ``member * P + pair``, pairs by falling frequency (see
 :func:`pair_order`), so that one layout serves every rotary spelling. Head sizes that are no
@@ -45,6 +47,7 @@ from kvquant_compile.codec.values import ValueCodes
 
 _FORMAT = re.compile(
     r"k(\d+)v(\d+) slots(\d+)/(\d+) scale([01]) sink(\d+) heads(\d+) dim(\d+)/(\d+) raw(\d+)"
+    r"(?: recent(\d+))?"
 )
 
 
@@ -77,6 +80,7 @@ class PageLayout:
             f"k{s.key_bits}v{s.value_bits} slots{s.key_slots}/{s.value_slots} "
             f"scale{int(s.key_token_scale)} sink{s.sink_tokens} heads{self.heads} "
             f"dim{self.key_dim}/{self.value_dim} raw{self.itemsize}"
+            + (f" recent{s.recent_tokens}" if s.recent_tokens else "")
         )
 
     @staticmethod
@@ -86,8 +90,8 @@ class PageLayout:
         match = _FORMAT.fullmatch(text)
         if match is None:
             raise ValueError(f"not a page format: {text!r}")
-        kb, vb, ks, vs, scale, sink, heads, dk, dv, raw = map(int, match.groups())
-        spec = CodecSpec(kb, vb, ks, vs, bool(scale), sink)
+        kb, vb, ks, vs, scale, sink, heads, dk, dv, raw, recent = map(int, match.groups("0"))
+        spec = CodecSpec(kb, vb, ks, vs, bool(scale), sink, recent)
         return PageLayout(spec, heads, dk, dv, raw)
 
     @property
@@ -137,18 +141,23 @@ class PageLayout:
 
     @property
     def sink_tokens(self) -> int:
-        """Exact leading tokens; here all there is of exact rows."""
+        """Exact leading tokens."""
         return self.spec.sink_tokens
 
     @property
     def ring(self) -> int:
-        """Exact last tokens, which reach the pages later; here none."""
+        """Rows for the exact last tokens."""
+        return self.spec.recent_tokens
+
+    @property
+    def late(self) -> int:
+        """Last tokens that reach the pages later: none, those in the ring are there already."""
         return 0
 
     @property
     def exact_rows(self) -> int:
-        """Rows of the exact tokens of one sequence."""
-        return self.spec.sink_tokens
+        """Rows of the exact tokens of one sequence; the last says what the ring holds."""
+        return self.spec.sink_tokens + (self.ring + 1 if self.ring else 0)
 
     @property
     def exact_width(self) -> int:
@@ -157,7 +166,7 @@ class PageLayout:
 
     @property
     def sink_bytes(self) -> int:
-        """Bytes of the exact sink tokens of one sequence, all heads."""
+        """Bytes of the exact tokens of one sequence, all heads."""
         return self.exact_rows * self.heads * self.exact_width * self.itemsize
 
     @property

@@ -41,6 +41,7 @@ class CodecSpec:
             a channel index and a float16 residual.
         key_token_scale: whether keys carry a float16 scale per (token, head).
         sink_tokens: leading tokens of every sequence stored exactly, outside the pages.
+        recent_tokens: last tokens of every sequence kept exactly besides, until they are older.
     """
 
     key_bits: int
@@ -49,6 +50,7 @@ class CodecSpec:
     value_slots: int = 1
     key_token_scale: bool = False
     sink_tokens: int = 1
+    recent_tokens: int = 0
 
     @property
     def lossless(self) -> bool:

@@ -1,7 +1,8 @@
 """What a stored format gives back, without pages: the round trip of its keys or its values.
 
 Exact tokens (sinks, a recipe's last ones, an incomplete unit) stay as they are, so that the result
-is what the paged program reads when a whole sequence is in its cache.
+is what the paged program reads when a whole sequence is in its cache. The exact last tokens of
+``recent_window=`` are other ones for every query: they come back as their pages hold them.
 """
 
 from __future__ import annotations

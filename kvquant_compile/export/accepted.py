@@ -29,6 +29,11 @@ def check_exportable(state: Installed) -> None:
             )
         if layout.lossless:
             raise _refusal("lossless pages hold raw floats", "Pass bits from 1 to 8.")
+        if layout.ring:
+            raise _refusal(
+                "what its ring of exact last tokens holds is the bits of integers among floats",
+                "Leave recent_window out.",
+            )
     if program.dtype is not torch.float32 or program.device.type != "cpu":
         raise _refusal(
             f"it computes in {program.dtype} on {program.device}",

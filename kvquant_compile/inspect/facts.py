@@ -49,7 +49,10 @@ def facts(report: Report) -> list[Fact]:
         Fact("calibration", ", ".join(f"{k} {v}" for k, v in shown.items())),
     ]  # fmt: skip
     if exact:
-        found.insert(0, Fact("beside the pages", f"{exact:,} bytes of exact tokens a sequence"))
+        last = f", up to {report.recent} last ones" if report.recent else ""
+        found.insert(
+            0, Fact("beside the pages", f"{exact:,} bytes of exact tokens a sequence{last}")
+        )
     found.insert(0, Fact("cache", f"{_cache(report)} bytes for T tokens of B sequences"))
     if "mixed" in report.calibration:
         found.append(Fact("widths", _mixture(report.calibration["mixed"])))

@@ -36,6 +36,7 @@ class Report:
         validation: case -> relative error of the lossless rewrite against the original.
         calibration: where tables came from and how long each stage took.
         sinks: exact leading tokens.
+        recent: exact last tokens.
         decode_step: how a step of one token per sequence runs.
         sources: generated kernels, where they were asked for.
     """
@@ -48,6 +49,7 @@ class Report:
     validation: Mapping[str, float]
     calibration: Mapping[str, Any]
     sinks: int
+    recent: int = 0
     decode_step: str = ""
     sources: tuple[LayerSource, ...] = ()
 
@@ -144,6 +146,7 @@ def build_report(
         validation=dict(validation),
         calibration=artifact.details,
         sinks=max((layout.sink_tokens for layout in program.layouts), default=0),
+        recent=max((layout.ring for layout in program.layouts), default=0),
     )
 
 

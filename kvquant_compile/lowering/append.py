@@ -29,6 +29,7 @@ from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.codec.values import ValueCodes, quantise_values
 from kvquant_compile.lowering import blocks
 from kvquant_compile.lowering.pages import gather_pages, write_pages
+from kvquant_compile.lowering.recent import keep_exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,8 @@ def _append_chunk(
     merged = [_merge(o, n, span) for o, n in zip(before, new, strict=True)]
     packed = _pack(layout, merged)
     write_pages(pages, ids[span.used], packed.transpose(1, 2)[span.used])
-    store_sinks(sinks, torch.cat([key, value.to(key.dtype)], -1), slots)
+    tokens = torch.cat([key, value.to(key.dtype)], -1)
+    keep_exact(sinks, tokens, slots, layout.sink_tokens, layout.ring)
 
 
 def _span(slots: Tensor) -> Span:
@@ -186,10 +188,3 @@ def _pack(layout: PageLayout, codes: list) -> Tensor:
     if layout.spec.lossless:
         return pack_raw(codes[0].keys, codes[0].values)
     return pack_quantised(layout, codes[0], codes[1])
-
-
-def store_sinks(sinks: Tensor, tokens: Tensor, slots: Tensor) -> None:
-    """Keep the tokens whose place is below the number of sinks exactly."""
-    row, step = ((slots >= 0) & (slots < sinks.shape[2])).nonzero(as_tuple=True)
-    if row.numel():
-        sinks[row, :, slots[row, step].long()] = tokens[row, :, step].to(sinks.dtype)

@@ -21,8 +21,16 @@ from kvquant_compile.codec.order import reorder
 from kvquant_compile.codec.spec import PAGE_TOKENS, LayerTables
 from kvquant_compile.lowering import blocks
 from kvquant_compile.lowering.flash import history_by_flash, own_by_flash
+from kvquant_compile.lowering.masks import (
+    both,
+    left_to_pages,
+    places_of,
+    same_chunk,
+    visible_slots,
+)
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.lowering.read import read_keys, read_values
+from kvquant_compile.lowering.recent import put_exact
 from kvquant_compile.lowering.score_bias import Bias, score_bias
 from kvquant_compile.lowering.softmax import OnlineSoftmax
 
@@ -51,6 +59,13 @@ class CacheView:
     def storage(self) -> Layout:
         """The page layout, of either kind."""
         return parse_layout(self.format)
+
+    @property
+    def recent(self) -> int:
+        """Last tokens, seen from any query, that are exact; of a recipe none, whose tail is that of
+        the whole sequence."""
+        layout = self.storage
+        return layout.ring if isinstance(layout, PageLayout) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +107,8 @@ def attend(
         cache: the layer's cache, the step already appended.
         site: scale, softcap, window, sink logits, slopes or logits of a position bias, length of
             chunks, and which slots every query may see.
-        exact_chunk: read the step's own tokens exactly instead of from the cache.
+        exact_chunk: read the step's own tokens exactly instead of from the cache, whose last
+            tokens (:attr:`CacheView.recent`) are exact for every query by itself.
 
     Returns:
         output [B, S, Hq, value_dim] in the query's dtype, and the log-sum-exp of the scores
@@ -100,6 +116,7 @@ def attend(
     """
     stored = torch.maximum(history, slots.amax(1) + 1)
     limit = history if exact_chunk else stored
+    recent = 0 if exact_chunk else cache.recent
     own = own_by_flash(query, key, value, slots, site) if exact_chunk else None
     if own is not None and site.sink_logits is None and not int(limit.max()):
         return own[0].transpose(1, 2).to(query.dtype).contiguous(), own[1]
@@ -111,22 +128,23 @@ def attend(
     for first, keys, values in _blocks(cache, slots, limit, stored, site.window, query):
         places = slice(first, first + keys.shape[2])
         hidden = cache.positions[:, places] < 0
-        visible = _visible(slots, first, hidden, limit, site.window, site.chunk)
+        visible = visible_slots(slots, first, hidden, limit, site.window, site.chunk)
         if site.selected is not None:
-            chosen = site.selected[:, :, places]
-            visible = chosen if visible is None else visible & chosen
+            visible = both(visible, site.selected[:, :, places])
+        if recent:
+            visible = both(visible, left_to_pages(slots, places_of(first, keys), history, recent))
         if (
             visible is None
             and not lossless
             and history_by_flash(state, ordered, keys, values, site)
         ):
             continue
-        bias = score_bias(site, slots, _places(first, keys), groups)
+        bias = score_bias(site, slots, places_of(first, keys), groups)
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
         state.merge(slice(None), *(x.unflatten(1, groups) for x in own))
-    elif exact_chunk:
-        _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site)
+    elif exact_chunk or recent:
+        _attend_own(state, grouped, reorder(key, cache.geometry[1]), value, slots, site, recent)
     output, lse = state.result(site.sink_logits)
     return (
         output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous(),
@@ -176,11 +194,9 @@ def read_block(
     else:
         tables = LayerTables(*cache.tables)
         keys, values = read_keys(layout, raw, tables), read_values(layout, raw, tables)
-    exact = cache.sinks.shape[2] if page == 0 else 0
-    if exact:
-        width = keys.shape[-1]
-        keys[:, :, :exact] = cache.sinks[..., :width]
-        values[:, :, :exact] = cache.sinks[..., width:]
+    if layout.exact_rows:
+        first = page * PAGE_TOKENS
+        put_exact(keys, values, cache.sinks, first, layout.sink_tokens, layout.ring)
     return keys, values
 
 
@@ -200,42 +216,26 @@ def rotate(keys: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def _visible(
-    slots: Tensor, first: int, hidden: Tensor, limit: Tensor, window: int, chunk: int
-) -> Tensor | None:
-    """Which of the slots ``first ..`` each query sees: bool [B, S, count]; None when all do.
-
-    ``hidden`` [B, count] are slots that nobody sees.
-    """
-    count = hidden.shape[1]
-    place = torch.arange(first, first + count, device=slots.device)
-    low, high = int(slots.min()), int(limit.min())
-    whole = low >= first + count - 1 and high >= first + count and not window and not chunk
-    if whole and not bool(hidden.any()):
-        return None
-    seen = (place <= slots[..., None]) & (place < limit[:, None, None]) & ~hidden[:, None]
-    if chunk:
-        seen = seen & _same_chunk(slots[..., None], place, chunk)
-    return seen & (place > slots[..., None] - window) if window else seen
-
-
-def _same_chunk(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
-    return queries.div(chunk, rounding_mode="floor") == keys.div(chunk, rounding_mode="floor")
-
-
 def _attend_own(
-    state: OnlineSoftmax, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, site: Site
+    state: OnlineSoftmax,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    site: Site,
+    recent: int,
 ) -> None:
-    """The step's own tokens, exact, causal by column."""
+    """The step's own tokens, exact, causal by column; a query's last ``recent`` if not 0."""
+    window = min(recent, site.window or recent) if recent else site.window
+    block = QUERY_TILE if recent else BLOCK_PAGES * PAGE_TOKENS
     steps = torch.arange(slots.shape[1], device=slots.device)
-    block = BLOCK_PAGES * PAGE_TOKENS
     for start in range(0, slots.shape[1], block):
         own = slots[:, start : start + block]
         seen = (steps[start : start + block] <= steps[:, None]) & (own >= 0)[:, None]
-        if site.window:
-            seen = seen & (own[:, None] > slots[..., None] - site.window)
+        if window:
+            seen = seen & (own[:, None] > slots[..., None] - window)
         if site.chunk:
-            seen = seen & _same_chunk(slots[..., None], own[:, None], site.chunk)
+            seen = seen & same_chunk(slots[..., None], own[:, None], site.chunk)
         if site.selected is not None:
             places = own.clamp(min=0).long()[:, None].expand(-1, slots.shape[1], -1)
             seen = seen & site.selected.gather(2, places)
@@ -243,11 +243,6 @@ def _attend_own(
         keys, values = key[:, :, tile].float(), value[:, :, tile].float()
         bias = score_bias(site, slots, own, (query.shape[1], query.shape[2]))
         _update(state, query, keys, values, seen, site.softcap, bias, first_query=start)
-
-
-def _places(first: int, keys: Tensor) -> Tensor:
-    """Slots of a block's keys, [1, N]."""
-    return torch.arange(first, first + keys.shape[2], device=keys.device)[None]
 
 
 def _update(

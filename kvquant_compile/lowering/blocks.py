@@ -2,9 +2,8 @@
 
 A token goes into the exact rows first, and into a page with the rest of its unit once the
 recipe's tail lets go of it. Packing starts from exact tokens, so pages do not depend on how the
-tokens came. Crops and failed steps are not told to the ring: it remembers which tokens its rows
-hold (see :func:`ring_span`). A cropped sequence whose tail has been packed goes on from what the
-pages give back.
+tokens came. The ring remembers which tokens its rows hold (:mod:`.recent`). A cropped sequence
+whose tail has been packed goes on from what the pages give back.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from kvquant_compile.codec.algebra.layout import BlockLayout, Section
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.lowering.pages import gather_pages, slabs_in_use
+from kvquant_compile.lowering.recent import keep_exact, ring_span
 
 _FAR = 2**30
 
@@ -58,7 +58,7 @@ def append(
             x = torch.where(lost[:, None, :, None], old, x)
         units = codec.encode_bytes(x.unflatten(2, (-1, codec.tokens)), constant)
         _write_units(section, units, places, last, table, pages)
-    _keep_exact(layout, tokens, slots, start, end, sinks)
+    keep_exact(sinks, tokens, slots, layout.sink_tokens, layout.ring)
 
 
 def read(
@@ -121,41 +121,6 @@ def _exact_rows(layout: BlockLayout, sinks: Tensor, places: Tensor) -> tuple[Ten
         row = torch.where(early, places, count + places % layout.ring)
         known = early | recent
     return row, known
-
-
-def _keep_exact(
-    layout: BlockLayout, tokens: Tensor, slots: Tensor, start: Tensor, end: Tensor, sinks: Tensor
-) -> None:
-    """Write sinks and the ring's rows, and what the ring then holds.
-
-    Earlier tokens that are still in the ring stay, unless there is a gap before the new ones.
-    """
-    count, ring = layout.sink_tokens, layout.ring
-    row, step = ((slots >= 0) & (slots < count)).nonzero(as_tuple=True)
-    sinks[row, :, slots[row, step].long()] = tokens[row, :, step]
-    if not ring:
-        return
-    row, step = (slots >= (end[:, None] - ring).clamp_min(0)).nonzero(as_tuple=True)
-    sinks[row, :, count + slots[row, step].long() % ring] = tokens[row, :, step]
-    low, before = ring_span(sinks)
-    none = start == end
-    low = torch.where(none | (low < start), low, start)
-    end = torch.where(none, before, end)
-    state = torch.stack([torch.maximum(low, end - ring), end], 1)
-    sinks[:, 0, -1, : _state_width(sinks)] = state.to(torch.int32).view(sinks.dtype)
-
-
-def ring_span(sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens ``low`` to ``end - 1`` that the ring of every sequence holds, int64 [B] each: the
-    bits of the last row's first elements, as two int32."""
-    part = sinks[:, 0, -1, : _state_width(sinks)]
-    state = part.clone(memory_format=torch.contiguous_format).view(torch.int32).long()
-    return state[:, 0], state[:, 1]
-
-
-def _state_width(sinks: Tensor) -> int:
-    """Elements of the model's dtype that two int32 take."""
-    return 8 // sinks.element_size()
 
 
 def _packed_tokens(

@@ -4,7 +4,7 @@ Both take the cache as plain tensors, so that graphs can be exported, compiled a
 
 * ``pages``: slabs uint8 [pages, heads, page_bytes]; page ids count through the slabs.
 * ``table``: int32 [B, n], page id of every 64 tokens of every sequence.
-* ``sinks``: [B, heads, sink tokens, key width + value width], exact leading tokens.
+* ``sinks``: [B, heads, rows, key width + value width], exact tokens, see :mod:`.recent`.
 * ``slots``: int32 [B, S], place in its sequence of every token of the step; -1 for padding.
 * ``history``: int32 [B], tokens each sequence had stored before the step.
 * ``positions``: int32 [B, 64 n], position of every stored token (RoPE is applied on reading);
@@ -93,6 +93,8 @@ def _attend_impl(
     cache = _attend.CacheView(table, positions, pages, sinks, tables, geometry, format)
     extras = slopes, chunk, selected, distance_logits
     site = _attend.Site(scale, softcap, window, sink_logits, *extras)
+    # Few tokens are all among the last of each other.
+    exact_chunk = exact_chunk or query.shape[2] <= cache.recent
     of_queries = sink_logits is not None and sink_logits.ndim > 1
     plain = not site.biased and selected is None and not chunk and not of_queries
     run = (_cpp.attend_implementation(query, format) if plain else None) or _attend.attend

@@ -23,7 +23,17 @@ from kvquant_compile.runtime.plugback import uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)
-_FORMAT = ("bits", "budget", "recipe", "slots", "sinks", "calibration", "tokenizer", "dump")
+_FORMAT = (
+    "bits",
+    "budget",
+    "recipe",
+    "slots",
+    "sinks",
+    "recent_window",
+    "calibration",
+    "tokenizer",
+    "dump",
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,9 @@ class _Fit:
     def _sizes(self, width: int) -> list[tuple[int, int]]:
         """(page bytes, exact bytes) of every layer."""
         given = self.options
-        choice = choose(given["recipe"], width, given["slots"], given["sinks"])
+        choice = choose(
+            given["recipe"], width, given["slots"], given["sinks"], given["recent_window"]
+        )
         formats = choice.formats([plan.index for plan in self.plans])
         itemsize = self.exact.itemsize
         return [

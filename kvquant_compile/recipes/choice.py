@@ -27,7 +27,7 @@ class Choice:
 
     Attributes:
         name: of it.
-        form: widths, slots and sinks.
+        form: widths, slots, sinks and exact last tokens.
         make: the recipe at two widths; None for formats that are not made of blocks.
         asked: whether the user asked for any of it.
         fixed: whether the recipe has its own widths.
@@ -77,6 +77,7 @@ def choose(
     bits: Bits | Mapping[int, Bits] | None,
     slots: int | None = None,
     sinks: int | None = None,
+    recent_window: int | None = None,
 ) -> Choice:
     """Check what the user asked for; None takes the default everywhere.
 
@@ -85,13 +86,15 @@ def choose(
         bits: as of :func:`kvquant_compile.optimize`.
         slots: for ``kvquant+`` and ``kvquant`` only.
         sinks: exact leading tokens; the recipe's own if None.
+        recent_window: exact last tokens, for ``kvquant+`` and ``kvquant`` only.
 
     Raises:
         OptionError: no such recipe, or an option that it does not have.
     """
-    asked = (recipe, bits, slots, sinks) != (None, None, None, None)
+    options = (recipe, bits, slots, sinks, recent_window)
+    asked = any(option is not None for option in options)
     own = PUBLISHED_SLOTS if recipe == PUBLISHED and slots is None else slots
-    form = FormatOptions.make(bits, own, sinks)
+    form = FormatOptions.make(bits, own, sinks, recent_window)
     if recipe is None or recipe in (OURS, PUBLISHED):
         return Choice(str(recipe or OURS), form, None, asked)
     make = _maker(recipe)
@@ -100,6 +103,12 @@ def choose(
             f"slots={slots} with a recipe",
             why="outlier slots are part of kvquant+ and kvquant",
             do="Leave slots out, or put an Outliers block into the recipe.",
+        )
+    if recent_window is not None:
+        raise OptionError(
+            f"recent_window={recent_window} with a recipe",
+            why="a recipe made of blocks says itself which last tokens stay exact",
+            do="Leave recent_window out, or put Tail(recent=...) into the recipe.",
         )
     fixed = isinstance(recipe, Recipe)
     if fixed and bits is not None:

@@ -49,7 +49,7 @@ class PagedStorage:
         self, layers: Sequence[QuantizedLayer], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layers, self.dtype, self.device = list(layers), dtype, device
-        self.ring = max((layer.layout.ring for layer in self.layers), default=0)
+        self.late = max((layer.layout.late for layer in self.layers), default=0)
         self.reset()
 
     def reset(self) -> None:
@@ -178,7 +178,7 @@ class PagedStorage:
         if self.settled and not added:
             return
         lengths = self.lengths.cpu()
-        first = (lengths - self.ring).clamp(min=0) // PAGE_TOKENS
+        first = (lengths - self.late).clamp(min=0) // PAGE_TOKENS
         grown = torch.nn.functional.pad(self.table.cpu(), (0, added), value=-1)
         found = separate(grown, first, lengths, self.owned)
         if found.missing:

@@ -26,9 +26,11 @@ def test_without_this_machines_instructions(monkeypatch: pytest.MonkeyPatch) -> 
     assert check_append("portable", APPENDS["k3v3 default"], torch.device("cpu"))
 
 
-def test_many_tokens_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["k3v3 default", "k3v2 recent"])
+def test_many_tokens_and_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(append_cases.kernels, "append", append)
-    case = replace(APPENDS["k3v3 default"], steps=((1, 0), *(((16, 0),) * 8)), strange=0.03)
+    steps = ((1, 0), *(((16, 0),) * 8))
+    case = replace(APPENDS[name], steps=steps, strange=0.03, heads=2, feedback=True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

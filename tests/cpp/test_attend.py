@@ -47,7 +47,10 @@ def test_formats(name: str) -> None:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name: str) -> None:
-    check(replace(FEATURES[name], spec=ONE_OF_EACH.spec))
+    case = FEATURES[name]
+    recent = case.spec.recent_tokens
+    spec = replace(ONE_OF_EACH.spec, recent_tokens=recent) if recent else ONE_OF_EACH.spec
+    check(replace(case, spec=spec))
 
 
 @pytest.mark.parametrize("case", [FORMATS["none"], ONE_OF_EACH], ids=["none", "one of each"])
@@ -67,11 +70,18 @@ def test_without_this_machines_instructions(case: Case) -> None:
     hidden=st.integers(0, 9),
     scattered=st.booleans(),
     sink_logits=st.booleans(),
+    recent=st.sampled_from([0, 0, 16, 32]),
+    cropped=st.integers(0, 20),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 2**16),
 )
-def test_any_step(lengths: list[int], hidden: int, **options: object) -> None:
+def test_any_step(
+    lengths: list[int], hidden: int, recent: int, exact: bool, **options: object
+) -> None:
     lengths = [max(n, 1) for n in lengths] if hidden else lengths
-    case = replace(ONE_OF_EACH, lengths=tuple(lengths), hidden=hidden, **options)  # type: ignore[arg-type]
+    options |= {"hidden": hidden, "exact": exact or recent > 0}
+    spec = replace(ONE_OF_EACH.spec, recent_tokens=recent)
+    case = replace(ONE_OF_EACH, spec=spec, lengths=tuple(lengths), **options)  # type: ignore[arg-type]
     check(case)
 
 

@@ -11,6 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from transformers import PreTrainedModel
 
 import kvquant_compile
+from kvquant_compile.lowering.recent import ring_slots
+from kvquant_compile.runtime.layer import QuantizedLayer
 from tests.fuzz.machine import CacheMachine
 from tests.zoo import tiny, tokens
 
@@ -18,9 +20,11 @@ STEPS = 50
 
 
 @functools.cache
-def optimised(bits: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def optimised(bits: int, dtype: torch.dtype = torch.float32, recent: int = 0) -> PreTrainedModel:
     calibration = tokens(4, 64, seed=7)
     options = {"calibration": calibration, "sensitivity": "none", "progress": False}
+    if recent:
+        options["recent_window"] = recent
     return kvquant_compile.optimize(tiny("llama").to(dtype), bits=bits, **options)
 
 
@@ -35,10 +39,10 @@ class Lossless(CacheMachine):
 class ThreeBits(CacheMachine):
     """Packed pages against pages of the row alone; where codes turn, they are few."""
 
-    dtype = torch.float32
+    dtype, recent = torch.float32, 0
 
     def __init__(self) -> None:
-        self.optimised = optimised(3, self.dtype)
+        self.optimised = optimised(3, self.dtype, self.recent)
         super().__init__()
 
     def assert_same_contents(self, ours: torch.Tensor, alone: torch.Tensor, layer: int) -> None:
@@ -58,7 +62,31 @@ class ThreeBitsExactly(ThreeBits):
         super().assert_same_contents(ours, alone, layer)
 
 
-MACHINES = [Lossless, ThreeBits, ThreeBitsExactly]
+class Recent(ThreeBitsExactly):
+    """With exact last tokens: pages as without them, and no wrong token in the ring. After a crop
+    fewer tokens are exact, so that later layers differ from those of the row alone."""
+
+    recent = 16
+
+    def assert_same_contents(self, ours: torch.Tensor, alone: torch.Tensor, layer: int) -> None:
+        if layer == 0:
+            assert torch.equal(ours, alone)
+
+    def assert_same_ring(
+        self, ours: QuantizedLayer, alone: QuantizedLayer, layer: int, row: int
+    ) -> None:
+        held, whole = (ring_slots(x.sinks, 16) for x in (ours, alone))
+        length = int(whole.max()) + 1
+        assert sorted(whole[whole >= 0].tolist()) == list(range(max(0, length - 16), length))
+        there = (held[row] >= 0) & (held[row] < length)  # what a crop removed is above
+        assert torch.equal(held[row][there], whole[0][there])
+        if layer == 0:
+            lines = slice(-17, -1)
+            mine, theirs = ours.sinks[row, :, lines], alone.sinks[0, :, lines]
+            assert torch.equal(mine[:, there], theirs[:, there])
+
+
+MACHINES = [Lossless, ThreeBits, ThreeBitsExactly, Recent]
 
 
 def run(machine: type[RuleBasedStateMachine], steps: int, *, fixed: bool) -> None:

@@ -26,6 +26,7 @@ from tests.gluon.compiled import compile_gluon
 from tests.triton.ahead import main_loop
 
 PLAIN, DEFAULT = CodecSpec(3, 3, 0, 0, False, 0), CodecSpec(3, 3, 1, 1, True, 1)
+RECENT = replace(DEFAULT, recent_tokens=64)
 
 
 def _spec(codec: CodecSpec, width: int, explicit: int, groups: int = 1) -> GluonSpec:
@@ -40,6 +41,8 @@ KERNELS = {
     "default": _spec(DEFAULT, 128, 2),
     "default, 8 columns": _spec(DEFAULT, 128, 2, 2),
     "default, 256 channels": _spec(DEFAULT, 256, 2),
+    "recent": _spec(RECENT, 128, 2),
+    "recent, 8 columns": _spec(RECENT, 128, 2, 2),
 }
 
 

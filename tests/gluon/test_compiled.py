@@ -24,7 +24,8 @@ OLD_TRITON = os.environ.get("KVQUANT_TRITON_36", "")
 """A folder with Triton 3.6, the oldest one that is supported."""
 
 COMMON = ("plain", "default")
-LARGE = ("plain, no RoPE", "plain, 8 columns", "default, 8 columns", "default, 256 channels")
+LARGE = ("plain, no RoPE", "plain, 8 columns", "default, 8 columns", "default, 256 channels",
+         "recent", "recent, 8 columns")  # fmt: skip
 TARGETS = [
     *(pytest.param("90", name, "", id=f"sm_90, {name}") for name in COMMON),
     *(pytest.param("90", name, "", id=f"sm_90, {name}", marks=pytest.mark.slow) for name in LARGE),

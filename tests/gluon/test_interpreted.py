@@ -24,6 +24,8 @@ NARROW = replace(BASE, dims=(32, 32), rope=half_rope(32, 32))
 HALF_LINEAR = replace(BASE, dims=(64, 64), rope=half_rope(64, 64, 5e5))
 """Of the two groups of pairs one turns explicitly, the other by the linear rule."""
 
+RECENT = replace(DEFAULT, recent_tokens=16)
+
 SMALL = {
     "3 bit, one slab": replace(HALF_LINEAR, slabs=1),
     "default": replace(HALF_LINEAR, spec=DEFAULT, lengths=(150, 70)),
@@ -54,6 +56,14 @@ SMALL = {
         NARROW, rope=None, spec=CodecSpec(3, 3, 1, 0, True, 0), rep=8, lengths=(130,)
     ),
     "peaked": replace(NARROW, sharpness=16.0, lengths=(150,)),
+    "recent": replace(NARROW, spec=RECENT, lengths=(150, 0, 7), steps=3, rep=2, hidden=0),
+    "recent, cropped, window, soft-cap": replace(
+        HALF_LINEAR, spec=replace(RECENT, sink_tokens=3), lengths=(70, 10), cropped=6, window=20,
+        hidden=3, softcap=1.5, rep=1
+    ),
+    "recent, all cropped, no RoPE, padding": replace(
+        NARROW, spec=RECENT, rope=None, cropped=16, lengths=(66,), steps=4, padding=1, rep=1
+    ),
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_validation_covers_prefill_decode_and_both_ways_of_reading(report: Repor
 def test_the_dict_is_json_and_complete(report: Report) -> None:
     record = json.loads(json.dumps(report.to_dict()))
     assert record.keys() == {"model", "convention", "dtype", "device", "layers", "validation",
-                             "calibration", "sinks", "decode_step", "totals",
+                             "calibration", "sinks", "recent", "decode_step", "totals",
                              "refused"}  # fmt: skip
     assert all(layer.keys() == FIELDS for layer in record["layers"])
     assert record["totals"]["effective_bits"] == report.effective_bits

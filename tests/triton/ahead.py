@@ -1,6 +1,6 @@
 """Compiles one kernel for a target without a device and prints what came out.
 
-Arguments: target (``cuda:90``, ``hip:gfx942``), bits, head size.
+Arguments: target (``cuda:90``, ``hip:gfx942``), bits, head size, exact last tokens.
 """
 
 # mypy: ignore-errors
@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.lowering.triton.merge import merge_kernel
 from kvquant_compile.lowering.triton.module import history_kernel
 from kvquant_compile.lowering.triton.spec import KernelSpec
 
@@ -28,31 +29,53 @@ POINTERS = {
     "positions": "*i32", "addresses": "*i64", "key_words": "*i32", "offset_words": "*i32",
     "key_bytes": "*u8", "value_bytes": "*u8", "turns": "*i64", "rope_scale": "*fp32",
     "key_factor": "*fp32", "gain": "*fp32", "offset": "*fp32", "partial": "*fp32",
-    "partial_lse": "*fp32", "scale": "fp32", "softcap": "fp32",
+    "partial_lse": "*fp32", "scale": "fp32", "softcap": "fp32", "key": "*fp16", "value": "*fp16",
+    "sinks": "*fp16", "sink_logits": "*fp32", "output": "*fp16", "output_lse": "*fp32",
 }  # fmt: skip
 
 
 def compile_history(spec: KernelSpec, target: GPUTarget, **options: Any) -> Any:
     """Triton's compiled object of a spec's kernel."""
-    kernel = history_kernel(spec)
+    constants = {"EXACT": True, "SINKS": 1, "STEPS_POW2": 1, "NATIVE": target.backend == "cuda"}
+    options = {"num_warps": spec.warps, "num_stages": 1} | options
+    return _compiled(history_kernel(spec), constants, target, options)
+
+
+def compile_merge(spec: KernelSpec, target: GPUTarget) -> Any:
+    """Triton's compiled object of what merges a spec's partial results."""
+    layout, pairs = spec.layout, spec.pairs
+    constants = {
+        "DIM": layout.key_dim, "VALUE_DIM": layout.value_dim, "DIM_POW2": layout.key_dim,
+        "VALUE_POW2": layout.value_dim, "PAIRS": pairs, "PAIRS_POW2": pairs, "SINKS": 1,
+        "SINKS_POW2": 1, "RING": layout.ring, "OWN": 1, "EXACT": True, "CAP": False,
+        "WINDOW": True, "LOGITS": False, "ORDER": False, "ROPE": True,
+        "NATIVE": target.backend == "cuda",
+    }  # fmt: skip
+    return _compiled(merge_kernel, constants, target, {"num_warps": 4})
+
+
+def _compiled(
+    kernel: Any, constants: dict[str, Any], target: GPUTarget, options: dict[str, Any]
+) -> Any:
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name.isupper() else POINTERS.get(name, "i32")
         if signature[name].startswith("*") or name == "page_bytes":
             aligned[(i,)] = [["tt.divisibility", 16]]
-    constants = {"EXACT": True, "SINKS": 1, "STEPS_POW2": 1, "NATIVE": target.backend == "cuda"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": spec.warps, "num_stages": 1} | options
     return triton.compile(source, target=target, options=options)
 
 
-def main(target: str, bits: str, dim: str) -> None:
+def main(target: str, bits: str, dim: str, recent: str = "0") -> None:
     """Compile and report."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
     width, size = int(bits), int(dim)
-    layout = PageLayout(CodecSpec(width, width, 1, 1, True, 1), 8, size, size, 2)
-    compiled = compile_history(KernelSpec(layout, size // 16, 8, False, False, False), gpu)
+    spec = CodecSpec(width, width, 1, 1, True, 1, int(recent))
+    layout = PageLayout(spec, 8, size, size, 2)
+    kernel = KernelSpec(layout, size // 16, 8, False, False, False)
+    compiled = compile_history(kernel, gpu)
+    merge = compile_merge(kernel, gpu)
     text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
     products = text.count("mma.sync") if backend == "cuda" else text.count("mfma")
     print(f"{target}: shared {compiled.metadata.shared} B, matrix products {products}")
@@ -60,7 +83,8 @@ def main(target: str, bits: str, dim: str) -> None:
         body = main_loop(text)
         print(f"matrix moves {body.count('ldmatrix') + body.count('stmatrix')}")
         print(f"barriers {body.count('bar.sync')}")
-        print(f"spilled bytes {spilled_bytes(text, arch)}")
+        spilled = (spilled_bytes(asm, arch) for asm in (text, merge.asm["ptx"]))
+        print(f"spilled bytes {sum(spilled)}")
 
 
 def main_loop(ptx: str) -> str:

@@ -1,7 +1,7 @@
 """Compiles the append kernel for targets without a device and prints what it needs.
 
 Arguments: bits, then targets (``cuda:90``, ``hip:gfx942``) each with the tokens of a program and a
-head size: ``cuda:90/1/128`` or ``cuda:90/16/128``.
+head size: ``cuda:90/1/128`` or ``cuda:90/16/128``, or with exact last tokens ``cuda:90/16/128/64``.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ POINTERS = {
 def main(bits: str, *targets: str) -> None:
     """Compile and report."""
     for target in targets:
-        compile_for(*target.split("/"), bits)
+        compile_for(bits, *target.split("/"))
 
 
-def compile_for(target: str, tokens: str, dim: str, bits: str) -> None:
+def compile_for(bits: str, target: str, tokens: str, dim: str, recent: str = "0") -> None:
     """Compile for one target and report."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
     width, size = int(bits), int(dim)
-    layout = PageLayout(CodecSpec(width, width, 1, 1, True, 1), 8, size, size, 2)
-    kernel = append_kernel(AppendSpec(layout, int(tokens), 1, True, True, False))
+    spec = CodecSpec(width, width, 1, 1, True, 1, int(recent))
+    layout, shared = PageLayout(spec, 8, size, size, 2), tokens == "1" and spec.recent_tokens > 0
+    kernel = append_kernel(AppendSpec(layout, int(tokens), 1, True, True, False, shared))
     pointers = POINTERS
     if tokens == "1":
         pointers = {**POINTERS, "key_feedback": "*i32", "value_feedback": "*i32"}

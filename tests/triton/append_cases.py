@@ -43,6 +43,10 @@ APPENDS = {
     "k2v4 d80": Append(CodecSpec(2, 4, 2, 0, False, 3), (80, 48), steps=((5, 2), (1, 0))),
     "k1v8 d40": Append(CodecSpec(1, 8, 0, 1, True, 0), (40, 24), steps=((66, 0), (1, 0))),
     "k6v5": Append(CodecSpec(6, 5, 0, 4, False, 0), (16, 96), 1, True, 0.02, ((4, 1), (1, 0))),
+    "k3v2 recent": Append(CodecSpec(3, 2, 1, 1, True, 1, 4), (16, 16), 1, steps=(
+                          (5, 1), (9, 2), (-3, 0), (1, 0)), dtype=torch.float16),
+    "k4v4 recent": Append(CodecSpec(4, 4, 0, 0, False, 2, 2), (16, 16), 2, steps=(
+                          (4, 1), (3, 3)), dtype=torch.bfloat16),
     "k8v7 interleaved": Append(CodecSpec(8, 7, 4, 0, True, 1), (32, 32), 1, True, 0.02,
                                ((1, 0), (2, 0)), True, torch.bfloat16),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec, LayerTables, tabl
 from kvquant_compile.codec.values import dequantise_values
 from kvquant_compile.lowering.attend import CacheView, Site
 from kvquant_compile.lowering.constants import lower_layer
+from kvquant_compile.lowering.recent import ring_span
 from kvquant_compile.plan import AttendPlan, LayerPlan, RopeSpec
 
 
@@ -29,6 +30,7 @@ class Case:
         exact: whether the step's tokens are read exactly.
         start: position of every row's first token.
         slabs: slabs that the pages are spread over.
+        cropped: so many fewer tokens than it could are in the ring of exact last ones.
     """
 
     spec: CodecSpec
@@ -51,6 +53,7 @@ class Case:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     sharpness: float = 1.0
+    cropped: int = 0
 
     def build(self) -> Built:
         """Random tensors for every argument of the op."""
@@ -79,8 +82,14 @@ class Case:
         slabs = random_pages(layout, batch * pages, g).to(self.device).chunk(self.slabs)
         order = torch.randperm(batch * pages, generator=g).view(batch, pages).int()
         width = padded(self.dims[0]) + self.dims[1]
-        sinks = torch.randn(batch, self.heads, self.spec.sink_tokens, width, generator=g)
+        sinks = torch.randn(batch, self.heads, layout.exact_rows, width, generator=g)
         sinks[..., self.dims[0] : padded(self.dims[0])] = 0
+        sinks = sinks.to(self.device, self.dtype)
+        if layout.ring:
+            end = torch.maximum(torch.tensor(self.lengths), slots.amax(1) + 1)
+            low = ((end - layout.ring).clamp(min=0) + self.cropped).minimum(end)
+            state = torch.stack([low, end], 1).int().view(self.dtype).to(self.device)
+            sinks[:, 0, -1, : state.shape[1]] = state
         query_heads = self.heads * self.rep
 
         def random(heads: int, width: int) -> Tensor:
@@ -90,7 +99,7 @@ class Case:
         args, geometry = constants.arguments()
         cache = CacheView(
             order.to(self.device), positions.to(self.device), list(slabs),
-            sinks.to(self.device, self.dtype), args, geometry, str(layout),
+            sinks, args, geometry, str(layout),
         )  # fmt: skip
         logits = torch.randn(query_heads, generator=g).to(self.device) if self.sink_logits else None
         site = Site(self.dims[0] ** -0.5, self.softcap, self.window, logits)
@@ -136,9 +145,18 @@ class Built:
         values = dequantise_values(unpack_values(self.layout, pages), tables, c.spec)[0].double()
         n = c.spec.sink_tokens
         keys[:, :n], values[:, :n] = (
-            cache.sinks[b, ..., : keys.shape[-1]],
-            cache.sinks[b, ..., keys.shape[-1] :],
+            cache.sinks[b, :, :n, : keys.shape[-1]],
+            cache.sinks[b, :, :n, keys.shape[-1] :],
         )
+        ring = self.layout.ring
+        if ring:
+            low = int(ring_span(cache.sinks)[0][b])
+            held = torch.arange(min(max(low, n), limit), limit, device=keys.device)
+            rows = cache.sinks[b, :, n + held % ring].double()
+            keys[:, held], values[:, held] = (
+                rows[..., : keys.shape[-1]],
+                rows[..., keys.shape[-1] :],
+            )
         keys, values = keys[:, :limit], values[:, :limit]
         positions = cache.positions[b, :limit].long()
         keys = self._rotate(keys, torch.where(positions < 0, -1 - positions, positions))
@@ -146,13 +164,17 @@ class Built:
         seen = (place <= slots[:, None]) & (positions >= 0)
         if c.window:
             seen &= place > slots[:, None] - c.window
-        if c.exact:
+        near = c.window
+        if ring and not c.exact:  # the last tokens before every query are exact
+            seen &= (place < c.lengths[b]) | (place <= slots[:, None] - ring)
+            near = min(ring, c.window or ring)
+        if c.exact or ring:
             keys = torch.cat([keys, self.key[b].double()], 1)
             values = torch.cat([values, self.value[b].double()], 1)
             steps = torch.arange(c.steps, device=keys.device)
             own = (steps <= steps[:, None]) & (slots >= 0) & (slots >= 0)[:, None]
-            if c.window:
-                own &= slots > slots[:, None] - c.window
+            if near:
+                own &= slots > slots[:, None] - near
             seen = torch.cat([seen, own], 1)
         query = self.query[b].double().unflatten(0, (c.heads, c.rep))
         scores = query @ keys[:, None].transpose(-1, -2) * dk**-0.5

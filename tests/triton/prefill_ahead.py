@@ -42,6 +42,7 @@ STEPS = {
     "k5v1 d256": replace(
         STEP, spec=CodecSpec(5, 1, 2, 0, False, 1), dims=(256, 256), rope=half_rope(256, 256)
     ),
+    "recent, not exact": replace(STEP, spec=CodecSpec(3, 3, 1, 1, True, 1, 16), exact=False),
     "d80x48 float32": replace(
         STEP, dims=(80, 48), rope=half_rope(80, 40), dtype=torch.float32, spec=CodecSpec(2, 8)
     ),

@@ -63,6 +63,18 @@ FEATURES = {
     "sharp": replace(BASE, sharpness=16.0),
     "half": replace(BASE, dtype=torch.float16),
 }
+RECENT = replace(BASE, spec=CodecSpec(3, 2, 1, 1, True, 1, 16), lengths=(150, 7), heads=1, rep=2)
+FEATURES |= {
+    "recent": RECENT,
+    "recent, window": replace(RECENT, window=9, steps=4),
+    "recent, wide window": replace(RECENT, window=70, steps=2, hidden=5),
+    "recent, ragged": replace(RECENT, lengths=(0, 64, 16), steps=4, padding=2, softcap=1.5),
+    "recent, cropped": replace(RECENT, cropped=9, dtype=torch.float16, sink_logits=True),
+    "recent, all cropped": replace(RECENT, cropped=16, steps=3),
+    "recent, many sinks, no rope": replace(
+        RECENT, spec=CodecSpec(2, 4, 0, 0, False, 20, 48), rope=None, lengths=(30, 130), rep=1
+    ),
+}
 CHUNK = replace(BASE, steps=20, rep=1, heads=1, lengths=(150, 150))
 ONE_OF_EACH = CodecSpec(3, 3, 1, 1, True, 1)
 PREFILL = {
@@ -100,6 +112,18 @@ PREFILL = {
         CHUNK, dtype=torch.float16, rep=4, lengths=(150, 64), softcap=5.0
     ),
     "half, first prompt": replace(CHUNK, dtype=torch.float16, lengths=(0, 0), rep=4),
+    "recent": replace(CHUNK, spec=RECENT.spec, lengths=(150, 90), padding=6),
+    "recent, window": replace(CHUNK, spec=CodecSpec(3, 3, 1, 1, True, 1, 32), window=25, steps=18),
+    "recent, not exact": replace(CHUNK, spec=RECENT.spec, exact=False, lengths=(0,), steps=150),
+    "recent, not exact, ragged": replace(
+        CHUNK, spec=RECENT.spec, exact=False, lengths=(0, 70, 130), padding=3, softcap=2.0
+    ),
+    "recent, not exact, window": replace(
+        CHUNK, spec=RECENT.spec, exact=False, lengths=(50, 3), steps=100, window=40
+    ),
+    "recent, not exact, narrow window": replace(
+        CHUNK, spec=RECENT.spec, exact=False, lengths=(50, 3), window=9, dtype=torch.float16
+    ),
     "bfloat16": replace(CHUNK, dtype=torch.bfloat16, rep=2),
     "bfloat16, not exact": replace(CHUNK, dtype=torch.bfloat16, exact=False),
 }

@@ -1,13 +1,14 @@
 // Quantises tokens and sets their bits, by the definition in the torch codec, to the last bit: sums
 // over channels are float64, feedback is exact in any order, nothing is contracted.
 struct Arguments {
-  int32_t batch, heads, steps, value_dim, table_row, slabs, threads;
+  int32_t batch, heads, steps, value_dim, table_row, slabs, threads, sinks, ring, exact_type;
   const float* keys;    // [batch, heads, steps, KEY_DIM], before RoPE, in pair order
   const float* values;  // [batch, heads, steps, VALUE_DIM]
   const int32_t* slots;  // [batch, steps]
   const int32_t* table;  // [batch, table_row]
   uint8_t* const* slab;
   const int64_t* slab_pages;
+  uint8_t* exact_rows;  // see exact.h; null where torch writes them
   // of the layer, [heads, ...]
   const float *key_levels, *key_scale, *key_zero, *key_weight, *key_share, *key_norm, *key_stretch;
   const int8_t* key_feedback;  // [heads, KEY_DIM, KEY_DIM] or null
@@ -286,6 +287,48 @@ INLINE uint8_t* page_address(const Arguments& a, int64_t id) {
   return nullptr;
 }
 
+// COUNT elements into an exact row, rounded to nearest.
+INLINE void put_exact(const Arguments& a, int64_t at, const float* x, int count) {
+  for (int c = 0; c < count; c++) {
+    if (a.exact_type == FLOAT32) {
+      std::memcpy(a.exact_rows + 4 * (at + c), x + c, 4);
+      continue;
+    }
+    uint32_t bits;
+    std::memcpy(&bits, x + c, 4);
+    uint16_t half = x[c] != x[c] ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    if (a.exact_type == FLOAT16) half = to_half(x[c]);
+    std::memcpy(a.exact_rows + 2 * (at + c), &half, 2);
+  }
+}
+
+// Keeps the leading and the last tokens of a row and head, and what its ring then holds.
+static void keep_exact(const Arguments& a, int row, int head) {
+  const int32_t* slots = a.slots + row * a.steps;
+  int64_t place = int64_t(row) * a.heads + head;
+  int32_t start = INT32_MAX, end = 0;
+  for (int step = 0; step < a.steps; step++) {
+    if (slots[step] < 0) continue;
+    start = std::min(start, slots[step]);
+    end = std::max(end, slots[step] + 1);
+  }
+  for (int step = 0; step < a.steps; step++) {
+    int slot = slots[step];
+    if (slot < 0 || (slot >= a.sinks && slot < end - a.ring)) continue;
+    int64_t to = exact_line(a, place, slot < a.sinks ? slot : a.sinks + slot % a.ring);
+    int64_t from = place * a.steps + step;
+    put_exact(a, to, a.keys + from * KEY_DIM, KEY_DIM);
+    put_exact(a, to + KEY_DIM, a.values + from * VALUE_DIM, VALUE_DIM);
+  }
+  if (head || !end) return;
+  int32_t held[2];
+  uint8_t* state = ring_state(a, a.exact_rows, row);
+  std::memcpy(held, state, sizeof held);
+  held[0] = std::max(std::min(held[0], start), end - a.ring);
+  held[1] = end;
+  std::memcpy(state, held, sizeof held);
+}
+
 extern "C" void append(const Arguments* arguments) {
   const Arguments& a = *arguments;
   auto body = [&](size_t i) {
@@ -301,6 +344,7 @@ extern "C" void append(const Arguments* arguments) {
       append_key(a, head, a.keys + at * KEY_DIM, page, slot % 64);
       append_value(a, head, a.values + at * VALUE_DIM, page, slot % 64);
     }
+    if (a.exact_rows) keep_exact(a, row, head);
   };
   size_t tasks = size_t(a.batch) * a.heads;
   unsigned threads = tasks * a.steps < 64 ? 1 : unsigned(a.threads);

@@ -2,7 +2,7 @@
 struct Arguments {
   // shapes
   int32_t batch, heads, rep, steps, value_dim, sinks, table_row, position_row, slabs, window;
-  int32_t exact, threads;
+  int32_t exact, threads, ring, exact_type;
   float softcap;
   // of the step, contiguous; channels of keys and queries: members a, then b, pairs in lane order
   const float *query;       // [batch, heads, rep, steps, 2 PAIRS]
@@ -11,6 +11,8 @@ struct Arguments {
   const float *sink_keys;   // [batch, heads, sinks, 2 PAIRS], not rotated
   const float *sink_values;
   const float *sink_logits;  // [heads, rep] or null
+  const uint8_t *exact_rows;  // [batch, heads, sinks + ring + 1, KEY_DIM + VALUE_DIM], see exact.h
+  const int64_t *pair_channels;  // [2 PAIRS], channel of an exact row at every place of lane order
   const int32_t *slots;      // [batch, steps]
   const int32_t *history;    // [batch]
   const int32_t *table;      // [batch, table_row]
@@ -49,12 +51,31 @@ INLINE bool page_address(const Arguments& a, int64_t id, const uint8_t*& out) {
   return false;
 }
 
-// Tokens of a row that pages give: those before the step, or those after it.
-INLINE int limit_of(const Arguments& a, int row) {
+// Tokens of a row that are stored: those before the step, or those after it.
+INLINE int stored_of(const Arguments& a, int row) {
   int limit = a.history[row];
   if (!a.exact)
     for (int s = 0; s < a.steps; s++) limit = std::max(limit, a.slots[row * a.steps + s] + 1);
   return limit;
+}
+
+// First token of a row that its ring of exact last tokens holds.
+INLINE int held_from(const Arguments& a, int row) {
+  if (!a.ring) return INT32_MAX;
+  int32_t first;
+  std::memcpy(&first, ring_state(a, a.exact_rows, row), sizeof first);
+  return first;
+}
+
+// Tokens of a row that pages give.
+INLINE int limit_of(const Arguments& a, int row) {
+  return std::min(stored_of(a, row), held_from(a, row));
+}
+
+INLINE float product(const float* x, const float* y) {
+  vf sum = {};
+  for (int c = 0; c < 2 * PAIRS; c += 16) sum += load<vf>(x + c) * load<vf>(y + c);
+  return total(sum);
 }
 
 // Adds scores and their weights to a softmax: scores become weights, sums are brought to the new
@@ -189,51 +210,75 @@ static void attend_pages(const Arguments& a, const Task& task, Part* parts, floa
       }
 }
 
-// Sinks and, where they are read exactly, the step's own tokens.
+// Exact stored tokens of a row and head: leading ones, then the last ones.
+struct Exact {
+  int sinks, first, count;         // tokens 0 .. sinks - 1, then `first` and those that follow
+  std::vector<float> keys, values;  // turned keys of all, values of the last ones
+  int token(int i) const { return i < sinks ? i : first + i - sinks; }
+  Exact(const Arguments& a, const Task& task, const int32_t* positions) : sinks(a.sinks) {
+    int64_t place = int64_t(task.row) * a.heads + task.head;
+    first = std::max(held_from(a, task.row), sinks);
+    count = sinks + (a.ring ? std::max(0, stored_of(a, task.row) - first) : 0);
+    keys.resize(size_t(count) * 2 * PAIRS);
+    values.resize(size_t(count - sinks) * a.value_dim);
+    std::vector<float> ones(PAIRS, 1.0f), raw(2 * PAIRS), turned(2 * PAIRS);
+    for (int i = 0; i < count && token(i) < a.position_row; i++) {
+      const float* in = a.sink_keys + (place * sinks + i) * 2 * PAIRS;
+      if (i >= sinks) {
+        int64_t at = exact_line(a, place, sinks + token(i) % a.ring);
+        for (int c = 0; c < 2 * PAIRS; c++)
+          raw[c] = exact_element(a.exact_rows, a.exact_type, at + a.pair_channels[c]);
+        for (int c = 0; c < a.value_dim; c++)
+          values[(i - sinks) * a.value_dim + c] =
+              exact_element(a.exact_rows, a.exact_type, at + KEY_DIM + c);
+        in = raw.data();
+      }
+      int32_t position = positions[token(i)];
+      position = position < 0 ? -1 - position : position;
+      turn_queries(in, ones.data(), 1, a.rope, -position, turned.data());
+      for (int pair = 0; pair < PAIRS; pair++)
+        for (int member = 0; member < 2; member++)
+          keys[i * 2 * PAIRS + member * PAIRS + pair] =
+              turned[pair / 4 * 8 + 4 * member + pair % 4];
+    }
+  }
+};
+
+// Exact stored tokens and, where they are read exactly, the step's own.
 static void attend_exact(const Arguments& a, const Task& task, Part* parts, float* sums) {
-  int queries = a.rep * a.steps, own = a.exact ? a.steps : 0, count = a.sinks + own;
+  int queries = a.rep * a.steps, own = a.exact ? a.steps : 0;
   int64_t place = int64_t(task.row) * a.heads + task.head;
   const int32_t* slots = a.slots + task.row * a.steps;
   const int32_t* positions = a.positions + int64_t(task.row) * a.position_row;
   const float* query = a.query + place * queries * 2 * PAIRS;
-  int limit = limit_of(a, task.row), room = (count + 15) / 16 * 16;
-  std::vector<float> keys(size_t(a.sinks) * 2 * PAIRS), scores(room + 16);
-  for (int i = 0; i < std::min(a.sinks, a.position_row); i++) {
-    int32_t position = positions[i] < 0 ? -1 - positions[i] : positions[i];
-    const float* in = a.sink_keys + (place * a.sinks + i) * 2 * PAIRS;
-    std::vector<float> ones(PAIRS, 1.0f), turned(2 * PAIRS);
-    turn_queries(in, ones.data(), 1, a.rope, -position, turned.data());
-    for (int pair = 0; pair < PAIRS; pair++)
-      for (int member = 0; member < 2; member++)
-        keys[i * 2 * PAIRS + member * PAIRS + pair] =
-            turned[pair / 4 * 8 + 4 * member + pair % 4];
-  }
+  Exact exact(a, task, positions);
+  int limit = stored_of(a, task.row), count = exact.count + own, room = (count + 15) / 16 * 16;
+  std::vector<float> scores(room + 16);
   for (int q = 0; q < queries; q++) {
     int step = q % a.steps, slot = slots[step];
     for (int i = 0; i < room; i++) {
-      int token = i - a.sinks;
-      bool seen = i < count && slot >= 0;
-      if (i < a.sinks)
-        seen = seen && i <= slot && i < limit && positions[i] >= 0 &&
-               (!a.window || i > slot - a.window);
+      bool stored = i < exact.count, seen = i < count && slot >= 0;
+      int token = stored ? exact.token(i) : i - exact.count;
+      if (stored)
+        seen = seen && token <= slot && token < limit && positions[token] >= 0 &&
+               (!a.window || token > slot - a.window);
       else if (i < count)
         seen = seen && token <= step && slots[token] >= 0 &&
                (!a.window || slots[token] > slot - a.window);
       scores[i] = NOTHING;
       if (!seen) continue;
-      const float* key = i < a.sinks ? keys.data() + i * 2 * PAIRS
-                                     : a.own_keys + (place * a.steps + token) * 2 * PAIRS;
-      float sum = 0;
-      for (int c = 0; c < 2 * PAIRS; c++) sum += key[c] * query[q * 2 * PAIRS + c];
+      const float* key = stored ? exact.keys.data() + i * 2 * PAIRS
+                                : a.own_keys + (place * a.steps + token) * 2 * PAIRS;
+      float sum = product(key, query + q * 2 * PAIRS);
       scores[i] = a.softcap ? std::tanh(sum / a.softcap) * a.softcap : sum;
     }
     absorb(scores.data(), room, parts[q]);
     float* to = sums + q * a.value_dim;
     for (int i = 0; i < count; i++) {
       if (scores[i] == 0) continue;
-      const float* value = i < a.sinks
-                               ? a.sink_values + (place * a.sinks + i) * a.value_dim
-                               : a.own_values + (place * a.steps + i - a.sinks) * a.value_dim;
+      const float* value = a.own_values + (place * a.steps + i - exact.count) * a.value_dim;
+      if (i < a.sinks) value = a.sink_values + (place * a.sinks + i) * a.value_dim;
+      else if (i < exact.count) value = exact.values.data() + (i - a.sinks) * a.value_dim;
       for (int c = 0; c < a.value_dim; c++) to[c] += scores[i] * value[c];
     }
   }

@@ -121,6 +121,11 @@ class BlockLayout:
         return max(tail.most(codec.tokens) for _, codec, tail in self.recipe.kinds())
 
     @property
+    def late(self) -> int:
+        """Last tokens that reach the pages later: those of the ring."""
+        return self.ring
+
+    @property
     def exact_rows(self) -> int:
         """Rows of the exact tokens of one sequence."""
         return self.recipe.sinks + (self.ring + 1 if self.ring else 0)

@@ -15,16 +15,17 @@ from kvquant_compile.codec.keys import channel_importance
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.order import reorder
 from kvquant_compile.codec.spec import LayerTables
-from kvquant_compile.lowering.append import store_sinks
 from kvquant_compile.lowering.cpp.build import CompilationError, build
 from kvquant_compile.lowering.cpp.constants import repeated
 from kvquant_compile.lowering.cpp.pool import parallel_address
 from kvquant_compile.lowering.cpp.source import append_source
-from kvquant_compile.lowering.cpp.spec import format_name, static_layout
+from kvquant_compile.lowering.cpp.spec import EXACT_TYPES, format_name, static_layout
+from kvquant_compile.lowering.recent import keep_exact
 from kvquant_compile.lowering.remembered import Remembered
 
-_INTEGERS = ("batch", "heads", "steps", "value_dim", "table_row", "slabs", "threads")
-_STEP = ("keys", "values", "slots", "table", "slab", "slab_pages")
+_INTEGERS = ("batch", "heads", "steps", "value_dim", "table_row", "slabs", "threads", "sinks",
+             "ring", "exact_type")  # fmt: skip
+_STEP = ("keys", "values", "slots", "table", "slab", "slab_pages", "exact_rows")
 _LAYER = ("key_levels", "key_scale", "key_zero", "key_weight", "key_share", "key_norm",
           "key_stretch", "key_feedback", "value_levels", "gain", "offset",
           "value_feedback")  # fmt: skip
@@ -113,12 +114,16 @@ def append(
         "slab": torch.tensor([slab.data_ptr() for slab in pages], dtype=torch.int64),
         "slab_pages": torch.tensor([slab.shape[0] for slab in pages], dtype=torch.int64),
     }
+    ours = layout.ring > 0 and sinks.is_contiguous() and key.dtype == sinks.dtype
+    if ours:
+        held["exact_rows"] = sinks
     arguments = Arguments(
         batch, heads, steps, layout.value_dim, table.shape[1], len(pages),
-        torch.get_num_threads(),
+        torch.get_num_threads(), layout.sink_tokens, layout.ring, EXACT_TYPES.get(sinks.dtype, 0),
         **{name: x.data_ptr() for name, x in (held | constants.tensors).items()},
         parallel=parallel_address(),
     )  # fmt: skip
     run(ctypes.byref(arguments))
-    if int(slots.min()) < sinks.shape[2]:
-        store_sinks(sinks, torch.cat([ordered, value.to(key.dtype)], -1), slots)
+    if not ours and (layout.ring or int(slots.min()) < layout.sink_tokens):
+        tokens = torch.cat([ordered, value.to(key.dtype)], -1)
+        keep_exact(sinks, tokens, slots, layout.sink_tokens, layout.ring)

@@ -16,12 +16,13 @@ from kvquant_compile.lowering.cpp.build import CompilationError, build
 from kvquant_compile.lowering.cpp.constants import CppConstants, cpp_constants
 from kvquant_compile.lowering.cpp.pool import parallel_address
 from kvquant_compile.lowering.cpp.source import kernel_source
-from kvquant_compile.lowering.cpp.spec import CppSpec, static_layout
+from kvquant_compile.lowering.cpp.spec import EXACT_TYPES, CppSpec, static_layout
 
 _INTEGERS = ("batch", "heads", "rep", "steps", "value_dim", "sinks", "table_row", "position_row",
-             "slabs", "window", "exact", "threads")  # fmt: skip
-_STEP = ("query", "own_keys", "own_values", "sink_keys", "sink_values", "sink_logits", "slots",
-         "history", "table", "positions", "slab", "slab_pages")  # fmt: skip
+             "slabs", "window", "exact", "threads", "ring", "exact_type")  # fmt: skip
+_STEP = ("query", "own_keys", "own_values", "sink_keys", "sink_values", "sink_logits",
+         "exact_rows", "pair_channels", "slots", "history", "table", "positions", "slab",
+         "slab_pages")  # fmt: skip
 _LAYER = ("key_table", "key_zero", "key_ratio", "key_inverse", "key_scale", "value_table", "gain",
           "offset", "steps_of_pairs", "rope_scale", "offsets")  # fmt: skip
 _POINTERS = (*_STEP, *_LAYER, "output", "lse", "parallel")
@@ -68,6 +69,7 @@ def attend(
     native: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvquant_compile.lowering.attend.attend`, for few tokens, without slopes or chunks.
+    Where a format has exact last tokens, the step's are among them: ``exact_chunk`` must be true.
 
     Rotation angles are exact at any position; the torch path rounds them as the model does.
 
@@ -83,14 +85,16 @@ def attend(
     rep = query_heads // layout.heads
     width = constants.pair_channels.numel()
     sinks, addresses = cache.sinks, [slab.data_ptr() for slab in cache.pages]
-    sink_keys, sink_values = sinks[..., :width], sinks[..., width:]
+    leading = sinks[:, :, : layout.sink_tokens]
     own = (key, value) if exact_chunk else (key[:, :, :0], value[:, :, :0])
     held = {
         "query": _channels(query, constants.query_channels) * site.scale,
         "own_keys": _channels(own[0], constants.query_channels),
         "own_values": own[1].float().contiguous(),
-        "sink_keys": sink_keys[..., constants.pair_channels].float().contiguous(),
-        "sink_values": sink_values.float().contiguous(),
+        "sink_keys": leading[..., :width][..., constants.pair_channels].float().contiguous(),
+        "sink_values": leading[..., width:].float().contiguous(),
+        "exact_rows": sinks.contiguous(),
+        "pair_channels": constants.pair_channels,
         "slots": slots.int().contiguous(),
         "history": history.contiguous(),
         "table": cache.table.contiguous(),
@@ -103,9 +107,9 @@ def attend(
     if site.sink_logits is not None:
         held["sink_logits"] = site.sink_logits.float().contiguous()
     arguments = Arguments(
-        batch, layout.heads, rep, steps, layout.value_dim, sinks.shape[2], cache.table.shape[1],
+        batch, layout.heads, rep, steps, layout.value_dim, layout.sink_tokens, cache.table.shape[1],
         cache.positions.shape[1], len(cache.pages), site.window, int(exact_chunk),
-        torch.get_num_threads(), site.softcap,
+        torch.get_num_threads(), layout.ring, EXACT_TYPES.get(sinks.dtype, 0), site.softcap,
         **{name: x.data_ptr() for name, x in held.items()},
         **_layer_pointers(constants),
         parallel=parallel_address(),

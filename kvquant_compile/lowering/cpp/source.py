@@ -38,7 +38,7 @@ def kernel_source(spec: CppSpec) -> str:
     out(f"#define VALUE_BITS_LOOKED_UP {int(spec.layout.spec.value_bits <= 4)}")
     out(_shared("value_bytes.h"))
     _write_value_bytes(out, spec)
-    out("", _shared("page.h"), _shared("attend.h"))
+    out("", _shared("exact.h"), _shared("page.h"), _shared("attend.h"))
     return out.text()
 
 
@@ -50,7 +50,7 @@ def append_source(layout: PageLayout) -> str:
     most = max(padded(layout.key_dim), padded(layout.value_dim))
     limits = {"MOST_CHANNELS": most, "VALUE_LIMIT": table_limit(layout.spec.value_bits)}
     _write_constants(out, layout, page_constants(layout) | limits)
-    out("", _shared("append.h"))
+    out("", _shared("exact.h"), _shared("append.h"))
     return out.text()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from kvquant_compile.codec.algebra.layout import BlockLayout
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.codec.layout import PageLayout, padded
@@ -43,8 +45,13 @@ class CppSpec:
 
 
 def static_layout(layout: PageLayout) -> PageLayout:
-    """What a kernel depends on: neither the number of heads nor the model's dtype."""
-    return replace(layout, heads=1, itemsize=0)
+    """What a kernel depends on: neither the number of heads, nor the model's dtype, nor how many
+    last tokens are exact."""
+    return replace(layout, spec=replace(layout.spec, recent_tokens=0), heads=1, itemsize=0)
+
+
+EXACT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""``ExactType`` of ``exact.h``."""
 
 
 def format_name(layout: PageLayout) -> str:

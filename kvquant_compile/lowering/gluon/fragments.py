@@ -149,6 +149,9 @@ def program_sync(out: KernelWriter) -> None:
     out.ptx("bar.sync 0;", ["_"], ["lz"], name="BARRIER")
 
 
+ALL_LANES = (1, 2, 4, 8, 16)
+
+
 def reduce_lanes(
     out: KernelWriter,
     name: str,

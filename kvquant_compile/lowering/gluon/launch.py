@@ -71,7 +71,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvquant_compile.lowering.attend.attend`, in one launch.
 
-    Queries, keys and values have contiguous channels.
+    Queries, keys and values have contiguous channels. Where a format has exact last tokens, the
+    step's are among them: ``exact_chunk`` must be true.
     """
     layout = cache.layout
     constants = _constants(layout, cache.tables, cache.geometry)
@@ -99,7 +100,7 @@ def attend(
         site.scale, site.softcap, site.window, rep, steps, pages,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], cache.table.stride(0),
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
-        EXACT=exact_chunk, SINKS=cache.sinks.shape[2], LOGITS=logits is not None,
+        EXACT=exact_chunk, SINKS=layout.sink_tokens, LOGITS=logits is not None,
         ONE_SLAB=one_slab, HEADS=layout.heads,
         num_warps=spec.warps, maxnreg=register_limit(spec, resident), enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tokens outside the pages: exact leading ones, and the step's own.
+"""The tokens outside the pages: exact leading ones, exact last ones, and the step's own.
 
 The first program of a head attends to them alone, and leaves the result as one more split. A warp
 takes a query at a time, a lane every 32nd channel.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.gluon.fragments import reduce_lanes
+from kvquant_compile.lowering.gluon.fragments import ALL_LANES, reduce_lanes
+from kvquant_compile.lowering.gluon.recent import RecentEmitter
 from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.visibility import HIDDEN, NOTHING
 from kvquant_compile.lowering.gluon.writer import KernelWriter, approximate
-
-ALL_LANES = (1, 2, 4, 8, 16)
 
 
 def write_column(out: KernelWriter, spec: GluonSpec, number: int) -> None:
@@ -56,6 +55,7 @@ class OwnEmitter:
         out(*(f"own_sum{i} = zero" for i in self._value_channels))
         with out.block("if SINKS > 0:"):
             self._sinks(out)
+        RecentEmitter(self.spec).write(out)
         with out.block("if EXACT:"), out.block("for n in range(steps):"):
             self._own_token(out)
         out(
@@ -78,7 +78,8 @@ class OwnEmitter:
         pairs, width = self.spec.pairs, 2 * self.spec.pairs + self.spec.layout.value_dim
         with out.block("if not EXACT:"):
             out("stored = gl.maximum(stored, slot + 1)")
-        out(f"leading = sinks + (row * heads + head).to(gl.int64) * (SINKS * {width})")
+        size = f"({self.spec.exact_rows} * {width})"
+        out(f"leading = sinks + (row * heads + head).to(gl.int64) * {size}")
         with out.block("for n in range(SINKS):"):
             out(
                 "at = gl.load(positions + row * position_row + n)",

@@ -63,6 +63,11 @@ class GluonSpec:
         return 16 * self.key_groups
 
     @property
+    def exact_rows(self) -> str:
+        """Rows of a head's exact tokens, in the kernel's words."""
+        return f"(SINKS + {self.layout.ring + 1})" if self.layout.ring else "SINKS"
+
+    @property
     def columns(self) -> int:
         """Query columns of a program."""
         return COLUMN_GROUP * self.groups
@@ -88,7 +93,7 @@ class GluonSpec:
                 ("_scaled", s.key_token_scale), ("_cap", self.softcap),
                 ("_window", self.window), ("_order", self.reorder),
                 ("_stretched", self.stretched), ("_static", not self.dynamic),
-                ("_lanes", not self.bulk),
+                ("_lanes", not self.bulk), (f"_recent{s.recent_tokens}", s.recent_tokens),
             )
             if on
         )  # fmt: skip

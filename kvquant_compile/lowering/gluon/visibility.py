@@ -59,6 +59,8 @@ class VisibilityEmitter:
             )
         with out.block("if not EXACT:"):
             out("limit = gl.maximum(limit, newest + 1)")
+        if ring := self.spec.layout.ring:
+            self._leave_ring(out, ring)
         out(
             "end = gl.minimum(limit, newest + 1)",
             "whole_end = gl.minimum(limit, lowest + 1)",
@@ -76,6 +78,15 @@ class VisibilityEmitter:
             f"units = gl.maximum((end + {size - 1}) // {size} - begin // {size}, 0)",
             "units = gl.where(split < 0, 0, units)  # the first program reads no pages",
             "floor = limit * 0 + " + NO_BASE,
+        )
+
+    def _leave_ring(self, out: KernelWriter, ring: int) -> None:
+        """``held``, the first token in the ring, which is read beside the pages."""
+        width = 2 * self.spec.pairs + self.spec.layout.value_dim
+        rows = f"row.to(gl.int64) * heads * {self.spec.exact_rows} + SINKS + {ring}"
+        out(
+            f"held = gl.load((sinks + ({rows}) * {width}).to(gl.pointer_type(gl.int32)))",
+            "limit = gl.minimum(limit, held)",
         )
 
     def page(self, out: KernelWriter) -> None:

@@ -15,14 +15,16 @@ from torch import Tensor
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.lowering.triton.append_constants import append_constants
-from kvquant_compile.lowering.triton.append_source import AppendSpec, append_source
+from kvquant_compile.lowering.triton.append_source import (
+    SINGLE_STEPS,
+    AppendSpec,
+    append_source,
+)
 from kvquant_compile.lowering.triton.compat import interpreting, launch_options, native
 from kvquant_compile.lowering.triton.module import load
 from kvquant_compile.lowering.triton.prepared import page_addresses
 
 GROUP_TOKENS = 16
-SINGLE_STEPS = 256
-"""The longest step whose tokens are quantised one by one."""
 WARPS = {1: 1, GROUP_TOKENS: 4}
 
 
@@ -48,7 +50,7 @@ def append(
     feedback = (constants.key_feedback.numel() > 0, constants.value_feedback.numel() > 0)
     tokens = 1 if steps <= SINGLE_STEPS else GROUP_TOKENS
     shared = tokens == 1 and steps > 1
-    spec = AppendSpec(layout, tokens, sinks.shape[2], *feedback, order.numel() > 0, shared)
+    spec = AppendSpec(layout, tokens, layout.sink_tokens, *feedback, order.numel() > 0, shared)
     groups = steps if tokens == 1 else 4 * ((steps + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
     grid = (groups, batch * heads, 2)
     scratch = torch.empty(

@@ -32,6 +32,8 @@ ARGUMENTS = (
     " key_batch, key_head, key_step, value_batch, value_head, value_step, FUSED: tl.constexpr,"
     " NATIVE: tl.constexpr"
 )
+SINGLE_STEPS = 256
+"""The longest step whose tokens are quantised one by one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class AppendSpec:
     Attributes:
         layout: the page layout; the number of heads plays no part.
         tokens: of a program: 1 for steps of one token, else 16.
-        sinks: exact leading tokens of a sequence.
+        sinks: exact leading tokens of a sequence; the last ones are the layout's ring.
         key_feedback, value_feedback: whether coding errors move later channels.
         reorder: whether keys have to be brought into pair order.
         shared: whether programs of one token share words with others of the same step.
@@ -71,6 +73,7 @@ class AppendSpec:
         return (
             f"append_k{s.key_bits}v{s.value_bits}_d{self.layout.key_dim}x{self.layout.value_dim}"
             f"_slots{s.key_slots}{s.value_slots}_sinks{self.sinks}_n{self.tokens}{flags}"
+            + (f"_recent{self.layout.ring}" if self.layout.ring else "")
         )
 
     @property
@@ -111,12 +114,17 @@ def append_source(spec: AppendSpec) -> str:
     out = Source()
     out("import triton", "import triton.language as tl", "")
     out(*(f"from {PACKAGE}.{module} import {names}" for module, names in IMPORTS.items()))
+    exact = spec.sinks + spec.layout.ring > 0
+    if spec.layout.ring:
+        out(f"from {PACKAGE}.ring import exact_base, exact_line, ring_state")
     out("", "")
-    quantise_keys(out, spec.key, spec.layout.spec.key_token_scale, spec.reorder, spec.sinks > 0)
-    quantise_values(out, spec.value, spec.sinks > 0)
+    quantise_keys(out, spec.key, spec.layout.spec.key_token_scale, spec.reorder, exact)
+    quantise_values(out, spec.value, exact)
     out("@triton.jit")
     with out.block(f"def {spec.name}({ARGUMENTS}):"):
         _places(out, spec)
+        if spec.layout.ring:
+            _hold(out, spec)
         if spec.tokens == 1:
             _both(out, spec)
         else:
@@ -146,6 +154,33 @@ def _places(out: Source, spec: AppendSpec) -> None:
     out("first = start - 64 * page", "used = (count > 0) & (64 * page < start + count)")
 
 
+def _rows(spec: AppendSpec) -> str:
+    """Arguments that say where exact tokens lie."""
+    return f"{spec.sinks}, {spec.layout.ring}, {spec.key.dim + spec.value.dim}"
+
+
+def _hold(out: Source, spec: AppendSpec) -> None:
+    """``past``, the slot after a row's last new token; one program of a row says what its ring then
+    holds, by the rule of :func:`kvquant_compile.lowering.recent.keep_exact`."""
+    if spec.shared:
+        out(f"every = tl.arange(0, {SINGLE_STEPS})")
+        out("new = tl.load(starts + row * steps + every, mask=every < steps, other=-1)")
+        out("past = tl.max(new, 0) + 1", "oldest = tl.min(tl.where(new < 0, past, new), 0)")
+    elif spec.tokens == 1:
+        out("past, oldest = slot + 1, slot")
+    else:
+        out("past, oldest = start + count, start")
+        out("past = tl.where(count > 0, past, 0)")
+    one = "(tl.program_id(0) == 0) & (tl.program_id(2) == 0) & (head == 0) & (past > 0)"
+    with out.block(f"if {one}:"):
+        out(
+            f"held = ring_state(sinks, row, heads, {_rows(spec)})",
+            "low = tl.minimum(tl.load(held), oldest)",
+            f"tl.store(held, tl.maximum(low, past - {spec.layout.ring}))",
+            "tl.store(held + 1, past)",
+        )
+
+
 def _page(out: Source, spec: AppendSpec) -> None:
     """The page's address, and ``token``, ``step``, ``live`` and ``exact`` of the rows [T, 1]."""
     out("table_at = table + row * table_row + tl.minimum(page, columns - 1)")
@@ -158,7 +193,13 @@ def _page(out: Source, spec: AppendSpec) -> None:
         out("token = i // 8 * 32 + 8 * part + i % 8", "rank = token - first")
         out("live = (rank >= 0) & (rank < count)")
         out("step = tl.load(inverse + row * steps + rank, mask=live, other=0)")
-    if spec.sinks:
+    if ring := spec.layout.ring:
+        width = spec.key.dim + spec.value.dim
+        out("slots = 64 * page + token")
+        out(f"exact = live & ((slots < {spec.sinks}) | (slots >= past - {ring}))")
+        out(f"exact_at = exact_line(slots, {spec.sinks}, {ring}).to(tl.int64) * {width}")
+        out(f"sink_row = exact_base(sinks, line, {_rows(spec)}) + exact_at")
+    elif spec.sinks:
         width = spec.key.dim + spec.value.dim
         out(f"exact = live & (64 * page + token < {spec.sinks})")
         out(f"sink_row = sinks + (line.to(tl.int64) * {spec.sinks} + 64 * page + token) * {width}")

@@ -50,7 +50,8 @@ def attend(
     exact_chunk: bool,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvquant_compile.lowering.attend.attend`, without host synchronisation
-    for steps of up to ``OWN_STEPS`` tokens; longer ones go to :mod:`.prefill`.
+    for steps of up to ``OWN_STEPS`` tokens; longer ones go to :mod:`.prefill`. Where a format has
+    exact last tokens, the tokens of such a step are among them: ``exact_chunk`` must be true.
 
     Products are float16 with float32 sums, whatever the dtype of the query.
     """
@@ -82,6 +83,7 @@ def _attend_pages(
     batch, query_heads, steps, _ = query.shape
     rep = query_heads // layout.heads
     spec = kernel_spec(layout, constants, site, rep * steps)
+    ring = [cache.sinks] if layout.ring else []
     tiles = -(-rep * steps // spec.columns)
     splits = split_count(batch * layout.heads * tiles, cache.table.shape[1], query.device)
     shape = (batch * layout.heads, tiles, splits, spec.columns)
@@ -91,11 +93,11 @@ def _attend_pages(
         query, constants.query_order, slots, history, cache.table, cache.positions,
         page_addresses(cache.pages), constants.key_words, constants.offset_words,
         constants.key_bytes, constants.value_bytes, constants.turns, constants.rope_scale,
-        constants.key_factor, constants.gain, constants.offset, partial, partial_lse,
+        constants.key_factor, constants.gain, constants.offset, partial, partial_lse, *ring,
         site.scale, site.softcap, site.window, layout.heads, rep, steps, splits,
         query.stride(0), query.stride(1), query.stride(2), cache.table.stride(0),
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
-        EXACT=exact_chunk, SINKS=cache.sinks.shape[2], STEPS_POW2=_pow2(steps), NATIVE=native(),
+        EXACT=exact_chunk, SINKS=layout.sink_tokens, STEPS_POW2=_pow2(steps), NATIVE=native(),
         **launch_options(num_warps=spec.warps, num_stages=1, **_registers(spec)),
     )  # fmt: skip
     return partial, partial_lse
@@ -128,7 +130,7 @@ def _merge(
     lse = query.new_empty(batch, query_heads, steps, dtype=torch.float32)
     logits = site.sink_logits
     pairs = constants.turns.numel()
-    sinks = cache.sinks.shape[2]
+    sinks = layout.sink_tokens
     options: dict[str, Any] = launch_options(num_warps=4)
     merge_kernel[(batch * query_heads, steps)](
         partial, partial_lse, query, key, value, slots, cache.positions, history, cache.sinks,
@@ -139,7 +141,7 @@ def _merge(
         slots.stride(0), cache.positions.stride(0),
         DIM=dim, VALUE_DIM=layout.value_dim, DIM_POW2=_pow2(dim),
         VALUE_POW2=_pow2(layout.value_dim), PAIRS=pairs, PAIRS_POW2=_pow2(pairs), SINKS=sinks,
-        SINKS_POW2=_pow2(sinks), OWN=_pow2(steps) if exact_chunk else 0,
+        SINKS_POW2=_pow2(sinks), RING=layout.ring, OWN=_pow2(steps) if exact_chunk else 0,
         EXACT=exact_chunk, CAP=site.softcap != 0, WINDOW=site.window != 0,
         LOGITS=logits is not None, ORDER=constants.query_order.numel() > 0,
         ROPE=constants.rotated > 0, NATIVE=native(), **options,

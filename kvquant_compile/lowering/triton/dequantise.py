@@ -84,7 +84,7 @@ def _keys(cache: CacheView, limit: Tensor, first: int, into: Workspace, program:
         WIDTH=words.width, APART=words.sections == 2, SLOTS=spec.key_slots,
         TOKEN_SCALE=spec.key_token_scale, CODES=at["key_codes"], INDEX=at["key_slot_index"],
         RESIDUAL=at["key_slot_residual"], SCALE=at["key_token_scale"],
-        SINKS=cache.sinks.shape[2], ORDER=constants.query_order.numel() > 0,
+        SINKS=spec.sink_tokens, RING=layout.ring, ORDER=constants.query_order.numel() > 0,
         ROPE=constants.rotated > 0, NATIVE=native(), TOKENS=program,
         **launch_options(num_warps=4),
     )  # fmt: skip
@@ -104,5 +104,5 @@ def _values(cache: CacheView, limit: Tensor, first: int, into: Workspace, progra
         PER_LANE=words.per_lane, WIDTH=words.width, APART=words.sections == 2,
         SLOTS=spec.value_slots, CODES=at["value_codes"], INDEX=at["value_slot_index"],
         RESIDUAL=at["value_slot_residual"], SCALE=at["value_scale_zero"],
-        SINKS=cache.sinks.shape[2], TOKENS=program, **launch_options(num_warps=4),
+        SINKS=spec.sink_tokens, RING=layout.ring, TOKENS=program, **launch_options(num_warps=4),
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kvquant_compile.lowering.triton.primitives import circle
+from kvquant_compile.lowering.triton.ring import exact_base, exact_line, exact_slots
 
 
 @triton.jit
@@ -132,8 +133,8 @@ def key_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAIRS: tl.constexpr, PAIRS_POW2: tl.constexpr,
     BITS: tl.constexpr, PER_LANE: tl.constexpr, WIDTH: tl.constexpr, APART: tl.constexpr,
     SLOTS: tl.constexpr, TOKEN_SCALE: tl.constexpr, CODES: tl.constexpr, INDEX: tl.constexpr,
-    RESIDUAL: tl.constexpr, SCALE: tl.constexpr, SINKS: tl.constexpr, ORDER: tl.constexpr,
-    ROPE: tl.constexpr, NATIVE: tl.constexpr, TOKENS: tl.constexpr,
+    RESIDUAL: tl.constexpr, SCALE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    ORDER: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Rotated keys of the slots ``first .. first + block - 1``, in the model's channel order.
 
@@ -163,10 +164,11 @@ def key_kernel(
             a, b, address, token, p, scale + head * (2 * PAIRS), zero + head * (2 * PAIRS), PAIRS,
             SLOTS, TOKEN_SCALE, INDEX, RESIDUAL, SCALE,
         )  # fmt: skip
-        if SINKS > 0:
-            exact = (slot < SINKS)[:, None]
-            base = sinks + tl.program_id(1).to(tl.int64) * (SINKS * (2 * PAIRS + VALUE_DIM))
-            at = base + slot[:, None] * (2 * PAIRS + VALUE_DIM) + p
+        if SINKS + RING > 0:
+            exact_width: tl.constexpr = 2 * PAIRS + VALUE_DIM
+            exact = exact_slots(sinks, row, heads, slot, stored, SINKS, RING, exact_width)[:, None]
+            base = exact_base(sinks, tl.program_id(1), SINKS, RING, exact_width)
+            at = base + exact_line(slot, SINKS, RING)[:, None] * exact_width + p
             x = tl.load(at, mask=exact & known, other=0.0).to(tl.float32)
             y = tl.load(at + PAIRS, mask=exact & known, other=0.0).to(tl.float32)
             a = tl.where(exact, x, a)
@@ -213,7 +215,7 @@ def value_kernel(
     DIM: tl.constexpr, DIM_POW2: tl.constexpr, KEY_WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
     BITS: tl.constexpr, PER_LANE: tl.constexpr, WIDTH: tl.constexpr, APART: tl.constexpr,
     SLOTS: tl.constexpr, CODES: tl.constexpr, INDEX: tl.constexpr, RESIDUAL: tl.constexpr,
-    SCALE: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr,
+    SCALE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Values [B, H, block, DIM] of the slots ``first .. first + block - 1``.
 
@@ -244,10 +246,11 @@ def value_kernel(
             x += tl.where(where.to(tl.int32)[:, None] == c, rest, 0.0)
         x *= tl.load(gain + head * DIM + c, mask=known, other=0.0)
         x += tl.load(offset + head * DIM + c, mask=known, other=0.0)
-        if SINKS > 0:
-            exact = (slot < SINKS)[:, None]
-            base = sinks + tl.program_id(1).to(tl.int64) * (SINKS * (KEY_WIDTH + DIM))
-            there = base + slot[:, None] * (KEY_WIDTH + DIM) + KEY_WIDTH + c
+        if SINKS + RING > 0:
+            exact_width: tl.constexpr = KEY_WIDTH + DIM
+            exact = exact_slots(sinks, row, heads, slot, stored, SINKS, RING, exact_width)[:, None]
+            base = exact_base(sinks, tl.program_id(1), SINKS, RING, exact_width)
+            there = base + exact_line(slot, SINKS, RING)[:, None] * exact_width + KEY_WIDTH + c
             y = tl.load(there, mask=exact & known, other=0.0).to(tl.float32)
             x = tl.where(exact, y, x)
         out = values + (tl.program_id(1).to(tl.int64) * block + slot[:, None] - first) * DIM

@@ -21,7 +21,7 @@ from kvquant_compile.lowering.triton.values import ValueEmitter
 _SIGNATURE = """def {name}(
     query, query_order, slots, history, table, positions, addresses,
     key_words, offset_words, key_bytes, value_bytes, turns, rope_scale, key_factor,
-    gain, offset, partial, partial_lse,
+    gain, offset, partial, partial_lse,{ring}
     scale, softcap, window,
     heads, rep, steps, splits, query_batch, query_head, query_step, table_row, position_row,
     slot_row, page_bytes,
@@ -34,9 +34,13 @@ def history_source(spec: KernelSpec) -> str:
     out = Source()
     out(f'"""Generated: attention over {spec.layout} pages; {spec.name}."""')
     out("import triton", "import triton.language as tl", "")
-    out("from kvquant_compile.lowering.triton.primitives import *  # noqa: F403", "", "")
+    out("from kvquant_compile.lowering.triton.primitives import *  # noqa: F403")
+    if spec.layout.ring:
+        out("from kvquant_compile.lowering.triton.ring import ring_state")
+    out("", "")
     out("@triton.jit")
-    for line in _SIGNATURE.format(name=spec.name).split("\n")[:-1]:
+    ring = " sinks," if spec.layout.ring else ""
+    for line in _SIGNATURE.format(name=spec.name, ring=ring).split("\n")[:-1]:
         out(line)
     with out.block("):"):
         _write_body(out, spec)
@@ -109,6 +113,12 @@ def _write_range(out: Source, spec: KernelSpec) -> None:
             "every = tl.arange(0, STEPS_POW2)",
             "newest = tl.load(slots + row * slot_row + every, mask=every < steps, other=-1)",
             "limit = tl.maximum(limit, tl.max(newest, 0) + 1)",
+        )
+    if ring := spec.layout.ring:
+        width = 2 * spec.pairs + spec.layout.value_dim
+        out(
+            f"held = ring_state(sinks, row, heads, SINKS, {ring}, {width})",
+            "limit = tl.minimum(limit, tl.load(held))  # what the ring holds is read beside pages",
         )
     out("pages = (limit + 63) // 64", "begin = 0")
     if spec.window:

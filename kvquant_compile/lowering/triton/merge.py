@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kvquant_compile.lowering.triton.primitives import circle
+from kvquant_compile.lowering.triton.ring import exact_base, exact_line, ring_state
 
 
 @triton.jit
@@ -29,16 +30,15 @@ def _absorb(peak, mass, total, x, values):
 
 
 @triton.jit
-def _sink_scores(
-    rows, base, place, pair, query_order, turns, rope_scale,
-    DIM: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, SINKS: tl.constexpr,
+def _stored_scores(
+    rows, base, line, there, place, pair, query_order, turns, rope_scale,
+    DIM: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
     ORDER: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Products of one query with the exact leading tokens, rotated to their places."""
-    n = tl.arange(0, place.shape[0])
+    """Products of one query with the exact tokens in rows ``line``, rotated to their places."""
     known = pair < PAIRS
-    inside = (n < SINKS)[:, None] & known[None, :]
-    at = base + n[:, None] * WIDTH + pair[None, :]
+    inside = there[:, None] & known[None, :]
+    at = base + line[:, None] * WIDTH + pair[None, :]
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + PAIRS, mask=inside, other=0.0).to(tl.float32)
     ca, cb = pair, pair + PAIRS
@@ -58,6 +58,36 @@ def _sink_scores(
 
 
 @triton.jit
+def _absorb_ring(
+    peak, mass, total, rows, base, positions, slot, oldest, stored, query_order, turns, rope_scale,
+    scale, softcap, window,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr, PAIRS: tl.constexpr,
+    PAIRS_POW2: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Add the exact tokens ``oldest .. stored - 1`` of the ring, sixteen at a time."""
+    width: tl.constexpr = 2 * PAIRS + VALUE_DIM
+    pair, v = tl.arange(0, PAIRS_POW2), tl.arange(0, VALUE_POW2)
+    for begin in range(oldest, stored, 16):
+        n = begin + tl.arange(0, 16)
+        seen = (n < stored) & (n <= slot)
+        if WINDOW:
+            seen &= n > slot - window
+        line = exact_line(n, SINKS, RING)
+        place = tl.load(positions + n, mask=seen, other=-1)
+        x = _stored_scores(
+            rows, base, line, seen, place, pair, query_order, turns, rope_scale, DIM, PAIRS, width,
+            ORDER, ROPE, NATIVE,
+        )  # fmt: skip
+        x = tl.where(seen & (place >= 0), _capped(x * scale, softcap, CAP), float("-inf"))
+        values = base + line[:, None] * width + 2 * PAIRS + v[None, :]
+        inside = seen[:, None] & (v < VALUE_DIM)[None, :]
+        values = tl.load(values, mask=inside, other=0.0).to(tl.float32)
+        peak, mass, total = _absorb(peak, mass, total, x, values)
+    return peak, mass, total
+
+
+@triton.jit
 def merge_kernel(
     partial, partial_lse, query, key, value, slots, positions, history, sinks, sink_logits,
     query_order, turns, rope_scale, output, output_lse,
@@ -67,11 +97,11 @@ def merge_kernel(
     value_batch, value_head, value_step, slot_row, position_row,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_POW2: tl.constexpr,
     PAIRS: tl.constexpr, PAIRS_POW2: tl.constexpr, SINKS: tl.constexpr, SINKS_POW2: tl.constexpr,
-    OWN: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr,
+    RING: tl.constexpr, OWN: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr,
     WINDOW: tl.constexpr, LOGITS: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One query: partial sums of the pages, exact leading tokens, the step's own tokens.
+    """One query: partial sums of the pages, exact leading and last tokens, the step's own.
 
     Grid (batch * query heads, steps). Writes output [B, S, Hq, VALUE_DIM] and the natural
     log-sum-exp [B, Hq, S]; zeros and -inf where nothing is seen.
@@ -99,10 +129,10 @@ def merge_kernel(
         sums = tl.load(partial + at[:, None] * VALUE_DIM + v[None, :], mask=there, other=0.0)
         peak, mass, total = _absorb(peak, mass, total, lse, sums)
 
+    width: tl.constexpr = 2 * PAIRS + VALUE_DIM
+    base = exact_base(sinks, row * heads + head, SINKS, RING, width)
     if SINKS > 0:
         n = tl.arange(0, SINKS_POW2)
-        width: tl.constexpr = 2 * PAIRS + VALUE_DIM
-        base = sinks + (row * heads + head).to(tl.int64) * SINKS * width
         stored = tl.load(history + row)
         if not EXACT:
             stored = tl.maximum(stored, slot + 1)
@@ -110,14 +140,23 @@ def merge_kernel(
         if WINDOW:
             seen &= n > slot - window
         place = tl.load(positions + row * position_row + n, mask=seen, other=-1)
-        x = _sink_scores(
-            rows, base, place, tl.arange(0, PAIRS_POW2), query_order, turns, rope_scale,
-            DIM, PAIRS, width, SINKS, ORDER, ROPE, NATIVE,
+        x = _stored_scores(
+            rows, base, n, n < SINKS, place, tl.arange(0, PAIRS_POW2), query_order, turns,
+            rope_scale, DIM, PAIRS, width, ORDER, ROPE, NATIVE,
         )  # fmt: skip
         x = tl.where(seen & (place >= 0), _capped(x * scale, softcap, CAP), float("-inf"))
         exact = base + n[:, None] * width + 2 * PAIRS + v[None, :]
         exact = tl.load(exact, mask=(n < SINKS)[:, None] & wide, other=0.0).to(tl.float32)
         peak, mass, total = _absorb(peak, mass, total, x, exact)
+
+    if RING > 0:
+        oldest = tl.maximum(tl.load(ring_state(sinks, row, heads, SINKS, RING, width)), SINKS)
+        peak, mass, total = _absorb_ring(
+            peak, mass, total, rows, base, positions + row * position_row, slot, oldest,
+            tl.load(history + row), query_order, turns, rope_scale, scale, softcap, window,
+            DIM, VALUE_DIM, VALUE_POW2, PAIRS, PAIRS_POW2, SINKS, RING, CAP, WINDOW, ORDER, ROPE,
+            NATIVE,
+        )  # fmt: skip
 
     if OWN > 0:
         n = tl.arange(0, OWN)

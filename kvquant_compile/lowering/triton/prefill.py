@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -92,17 +93,23 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`kvquant_compile.lowering.attend.attend`; all tensors with contiguous channels.
 
-    Keys and values meet the query in its own dtype, sums are float32. Needs room for
+    Keys and values meet the query in its own dtype, sums are float32. Where a format has exact last
+    tokens, a step that reads itself from the cache has more tokens than these. Needs room for
     ``BLOCK_TOKENS`` dequantised tokens, whatever the length of the history.
     """
     bounds = step_bounds(slots, history, cache)
     if bounds.top < site.window:  # every query sees everything
         site = replace(site, window=0)
+    recent = 0 if exact_chunk else cache.recent
+    parts = _history(query, slots, history, cache, site, bounds, exact_chunk or recent > 0)
+    if recent:
+        parts = chain(parts, _older(query, slots, history, cache, site, bounds))
+        site = replace(site, window=min(recent, site.window or recent))
     done: Part | None = None
-    for part in _history(query, slots, history, cache, site, bounds, exact_chunk):
+    for part in parts:
         done = part if done is None else merged(done, part)
     own = None
-    if exact_chunk:
+    if exact_chunk or recent:
         own = _own(query, key, value, slots, history, site, bounds)
     first, second = (done, own) if done is not None else (own, None)
     assert first is not None, "a step that reads itself from the cache has a block"
@@ -164,6 +171,32 @@ def _history(
             yield flash(query, keys, values, slots, places, limit, site, first, dense)
         else:
             yield Part(*found)
+
+
+def _older(
+    query: Tensor,
+    slots: Tensor,
+    history: Tensor,
+    cache: CacheView,
+    site: Site,
+    bounds: Bounds,
+) -> Iterator[Part]:
+    """The step's own tokens that are not among a query's last, as their pages hold them."""
+    recent = cache.recent
+    if site.window:
+        if site.window <= recent:
+            return
+        site = replace(site, window=site.window - recent)
+    begin = bounds.shortest // PAGE_TOKENS * PAGE_TOKENS
+    end = -(-(bounds.top + 1) // PAGE_TOKENS) * PAGE_TOKENS
+    stored = torch.maximum(history, slots.amax(1) + 1)
+    block = min(block_tokens(query.shape[0]), end - begin)
+    space = Workspace.empty(cache, block, query)
+    for first in range(begin, end, block):
+        dequantise(cache, stored, first, space)
+        places = space.places.masked_fill(space.places < history[:, None], -1)
+        # A query sees what is before its slot: where the pages' part for it ends.
+        yield flash(query, space.keys, space.values, slots - recent, places, stored, site, first)
 
 
 def block_tokens(batch: int) -> int:

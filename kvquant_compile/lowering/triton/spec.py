@@ -49,6 +49,7 @@ class KernelSpec:
             for tag, on in (
                 ("_scaled", s.key_token_scale), ("_cap", self.softcap),
                 ("_window", self.window), ("_order", self.reorder),
+                (f"_recent{s.recent_tokens}", s.recent_tokens),
             )
             if on
         )  # fmt: skip
@@ -69,6 +70,8 @@ def unsupported(layout: Layout) -> str:
         return f"recipe {layout.recipe.name} is read by the torch path"
     if layout.lossless:
         return "lossless pages are read by the torch path"
+    if layout.ring and layout.exact_width * layout.itemsize % 4:
+        return f"exact recent tokens of {layout.exact_width} channels, keys and values together"
     widest = max(layout.key_dim, layout.value_dim)
     if widest > 256:
         return f"{widest} channels a head; kernels are generated up to 256"
