@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 import kvquant_compile
 from kvquant_compile.errors import KVQuantError
+from kvquant_compile.plan import RopeSpec
 from kvquant_compile.runtime.installed import installed
 from tests.survey.case import build
 
@@ -54,8 +56,20 @@ def _difference(expected: list[Any] | str, got: list[Any] | str) -> str:
         for name in _COMPARED:
             if getattr(a, name) != getattr(b, name):
                 found = b.refusal or f"{name} {getattr(b, name)} instead of {getattr(a, name)}"
-                return f"layer {a.index}: {found}"
+                return f"layer {a.index}: {_frequencies(a.rope, b.rope) or found}"
     return SAME
+
+
+def _frequencies(expected: RopeSpec | None, got: RopeSpec | None) -> str:
+    """How far they are apart, where two rotations differ in nothing else; else empty."""
+    if (
+        expected is None
+        or got is None
+        or replace(got, frequencies=expected.frequencies) != expected
+    ):
+        return ""
+    apart = max(abs(a - b) for a, b in zip(expected.frequencies, got.frequencies, strict=True))
+    return f"frequencies within {apart:.0e}" if apart else ""
 
 
 def _one_line(plans: list[Any] | str) -> str:
