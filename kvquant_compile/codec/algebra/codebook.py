@@ -26,9 +26,19 @@ def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
     half_norm = codebook.square().sum(1) / 2
     transposed = codebook.T
     parts = [
-        torch.addmm(half_norm, part, transposed, alpha=-1).argmin(1) for part in flat.split(rows)
+        _first_least(torch.addmm(half_norm, part, transposed, alpha=-1))
+        for part in flat.split(rows)
     ]
     return torch.cat(parts).view(vectors.shape[:-1]).to(torch.int32)
+
+
+def _first_least(x: Tensor) -> Tensor:
+    """The first column [N] with a row's least value; torch promises any, and a GPU gives any."""
+    if x.device.type == "cpu":
+        return x.argmin(1)
+    columns = torch.arange(x.shape[1], device=x.device)
+    least = x == x.amin(1, keepdim=True)
+    return torch.where(least, columns, x.shape[1] - 1).amin(1)
 
 
 def fit_codebook(vectors: Tensor, entries: int, steps: int, generator: torch.Generator) -> Tensor:
