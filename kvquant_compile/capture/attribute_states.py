@@ -17,8 +17,13 @@ from transformers.cache_utils import Cache
 from kvquant_compile.capture.embedding import random_embedded
 from kvquant_compile.capture.state import Path, at, places, put
 
-# Where a cache keeps the states of attributes, by name.
-ATTRIBUTE = "kvquant_attributes"
+_KEPT = "kvquant_kept"
+
+
+def kept_in(cache: Cache) -> dict[str, Tensor]:
+    """Tensors [B, ...] that a cache keeps for us, by name, beside its own."""
+    kept: dict[str, Tensor] = cache.__dict__.setdefault(_KEPT, {})
+    return kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +53,7 @@ class AttributeState:
 @contextmanager
 def held_by(cache: Cache, states: Sequence[AttributeState]) -> Iterator[None]:
     """Attributes hold what the cache keeps inside the block, and what they held before after it."""
-    kept: dict[str, Tensor] = cache.__dict__.setdefault(ATTRIBUTE, {}) if states else {}
+    kept = kept_in(cache) if states else {}
     before = [state.get() for state in states]
     try:
         for state in states:

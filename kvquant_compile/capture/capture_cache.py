@@ -48,7 +48,7 @@ class Firings:
         forgetful: window of every cache layer that forgets what is outside of one, if that is
             narrower than the model's context.
         watch: the modules that keep a state.
-        keeper: the cache layer in which positions of all tokens are kept, if any.
+        positions: whether positions of all tokens are kept beside keys and values.
         replaying, replayed: while tracing, the place of the next answer in ``masks``.
     """
 
@@ -61,7 +61,7 @@ class Firings:
     derived: bool = False
     forgetful: dict[int, int] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
-    keeper: int | None = None
+    positions: bool = False
     replaying: bool = False
     replayed: int = 0
 

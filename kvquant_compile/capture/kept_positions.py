@@ -8,57 +8,45 @@ made once more from all positions, which live beside the leaves' states.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 from transformers.cache_utils import Cache
 
+from kvquant_compile.capture.attribute_states import kept_in
 from kvquant_compile.capture.edit import SIZE, add_call, sort_topologically
 from kvquant_compile.capture.leaves import STATES, Leaf
 from kvquant_compile.errors import UnsupportedModelError
 
-ATTRIBUTE = "indexer_position_ids"
-_NAME = "kvquant_position_history"
+# Where models leave positions: in a cache layer with an index, in older releases in the cache.
+_ON_LAYER, _ON_CACHE = "indexer_position_ids", "position_ids"
+_NAME, _KEPT = "kvquant_position_history", "positions"
 
 
 class PositionHistory(nn.Module):
-    """Adds a step's positions to those that the states keep.
-
-    Args:
-        layer: of the states' cache, which keeps them as transformers does: int64 [1, B, T].
-    """
-
-    def __init__(self, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
+    """Adds a step's positions to those that the states keep."""
 
     def forward(self, states: Cache | None, positions: Tensor) -> Tensor:
         """Positions of all tokens [B, T], a step's own [B, S] last; these alone without states."""
         if states is None:
             return positions
-        keeper: Any = states.layers[self.layer]
-        before = getattr(keeper, ATTRIBUTE, None)
-        if before is not None:
-            positions = torch.cat([before[0], positions], 1)
-        setattr(keeper, ATTRIBUTE, positions[None])
+        kept = kept_in(states)
+        if _KEPT in kept:
+            positions = torch.cat([kept[_KEPT], positions], 1)
+        kept[_KEPT] = positions
         return positions
 
 
-def keeper_of_positions(cache: Cache) -> int | None:
-    """The cache layer that a run has left positions in; None where there is none."""
-    for index, layer in enumerate(cache.layers):
-        if getattr(layer, ATTRIBUTE, None) is not None:
-            return index
-    return None
+def keeps_positions(cache: Cache) -> bool:
+    """Whether a run has left positions in a cache."""
+    left = [getattr(layer, _ON_LAYER, None) for layer in cache.layers]
+    return any(x is not None for x in (*left, getattr(cache, _ON_CACHE, None)))
 
 
-def pass_all_positions(gm: fx.GraphModule, layer: int) -> None:
+def pass_all_positions(gm: fx.GraphModule) -> None:
     """Give leaves the tables of all positions in place of those of a step's.
 
     Args:
         gm: a captured graph that calls its leaves.
-        layer: as of :func:`keeper_of_positions`.
 
     Raises:
         UnsupportedModelError: no leaf keeps a state, or no table reaches one.
@@ -76,11 +64,11 @@ def pass_all_positions(gm: fx.GraphModule, layer: int) -> None:
     if STATES not in inputs or not tables:
         raise UnsupportedModelError(
             "the model cannot be captured",
-            why=f"its cache layer {layer} keeps the positions of all tokens, but no module that"
-            " keeps a state is given a table of them",
+            why="its cache keeps the positions of all tokens, but no module that keeps a state is"
+            " given a table of them",
             do="Report the model; what it uses them for is not known.",
         )
-    gm.add_submodule(_NAME, PositionHistory(layer))
+    gm.add_submodule(_NAME, PositionHistory())
     with graph.inserting_after(inputs[STATES]):
         history = graph.call_module(_NAME, (inputs[STATES], positions))
     history.meta["val"] = positions.meta["val"]

@@ -10,7 +10,8 @@ _VIEWS = """view reshape _unsafe_view transpose permute slice select unsqueeze s
     view_as expand_as reshape_as diagonal tensor_split"""
 _COPIES = "clone contiguous roll repeat repeat_interleave flip index_select lift_fresh_copy"
 JOINS = frozenset(("cat", "stack", "hstack", "concat", "concatenate"))
-MOVES = frozenset(f"{_VIEWS} {_COPIES}".split()) | JOINS
+VIEWS = frozenset(_VIEWS.split())
+MOVES = VIEWS | frozenset(_COPIES.split()) | JOINS
 CASTS = frozenset(("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"))
 # What carries one tensor along.
 CARRIES = (MOVES | CASTS) - JOINS

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from kvquant_compile.capture.attribute_states import ATTRIBUTE, AttributeState
+from kvquant_compile.capture.attribute_states import AttributeState, kept_in
 from kvquant_compile.capture.failures import definition_line
 from kvquant_compile.capture.state import Path, places
 from kvquant_compile.errors import UnsupportedModelError
@@ -58,8 +58,8 @@ class CacheKind:
 
 def own_states(cache: Cache | None) -> list[tuple[Path, Tensor]]:
     """The tensors [B, ...] that a cache holds beside what transformers' own layers do: those of a
-    model's own class, and of attributes."""
-    if cache is None or (type(cache) is DynamicCache and not hasattr(cache, ATTRIBUTE)):
+    model's own class, and what is kept for us."""
+    if cache is None or (type(cache) is DynamicCache and not kept_in(cache)):
         return []
     return [(path, value) for path, value in _own_places(cache) if isinstance(value, Tensor)]
 

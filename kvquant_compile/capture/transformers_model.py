@@ -31,7 +31,7 @@ from kvquant_compile.capture.failures import (
 )
 from kvquant_compile.capture.hf_hooks import attention_by, markers_in
 from kvquant_compile.capture.hf_selfcheck import Original, self_check
-from kvquant_compile.capture.kept_positions import keeper_of_positions, pass_all_positions
+from kvquant_compile.capture.kept_positions import keeps_positions, pass_all_positions
 from kvquant_compile.capture.leaves import Leaf, Watch, call_leaves, opaque, watching
 from kvquant_compile.capture.own_attention import (
     cache_inputs,
@@ -75,7 +75,7 @@ class _Flat(nn.Module):
             use_cache=True,
             **{name: value for name, value in inputs.items() if name in self.takes},
         )
-        self.seen.keeper = keeper_of_positions(cache)
+        self.seen.positions = keeps_positions(cache)
         return out.last_hidden_state
 
 
@@ -103,8 +103,8 @@ def capture_transformers(model: PreTrainedModel, observer: Observer = SILENT) ->
             gm = flat_graph(program)
             observer.graph("exported", gm)
             call_leaves(gm, leaves)
-            if seen.keeper is not None:
-                pass_all_positions(gm, seen.keeper)
+            if seen.positions:
+                pass_all_positions(gm)
             split_selections(gm)
         sizes_from(gm, "hidden")
         optional = mask_from_input(gm, "attention_mask")

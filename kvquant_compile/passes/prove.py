@@ -25,6 +25,7 @@ from kvquant_compile.passes.taint import (
     rotation_site,
     taint,
     without_factors,
+    writer_in_place,
 )
 from kvquant_compile.plan import RopeSpec
 
@@ -73,6 +74,10 @@ class Prover:
         """Prove the rotation that ends in ``end``, [B, H, S, D]; never raises for a refusal."""
         site = rotation_site(end, self.known)
         if not site.mixed:
+            writer = writer_in_place(end, self.known)
+            if writer is not None:
+                return _refused(f"{writer.name} writes into it in place, so that what it depends on"
+                                " is not known")  # fmt: skip
             return Proof(end, "bhsd", None, "", {"method": "no position reaches this tensor"})
         if site.pre is None:
             return _refused("positions are mixed in, but not into one single tensor")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvquant_compile.capture.ops import CASTS, op_name
+from kvquant_compile.capture.ops import CASTS, VIEWS, op_name
 
 # What is computed by these mixes channels of a whole token: no rotation reaches across them.
 _BARRIERS = (
@@ -184,3 +184,28 @@ def per_channel(node: fx.Node, known: Taint, like: fx.Node) -> bool:
         return False
     shape = list(value.shape)
     return bool(shape) and shape == [1] * (len(shape) - 1) + [float_value(like).shape[-1]]
+
+
+def writer_in_place(end: fx.Node, known: Taint) -> fx.Node | None:
+    """An in-place operation on what a tensor is made of, between the last projection and it; or
+    None. What it writes is no input of what reads the result, so that no path leads there."""
+    pending, seen = [end], {end}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.op == "call_function" and _writes(user, node):
+                return user
+        views = [user for user in node.users if op_name(user) in VIEWS]
+        before = [] if is_barrier(node) else node.all_input_nodes
+        new = [n for n in (*views, *before) if n not in seen and carries_tensor(n)]
+        new = [n for n in new if n not in known.tables]
+        pending += new
+        seen.update(new)
+    return None
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operation changes its first argument, and that is the node."""
+    name = op_name(user)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place and bool(user.args) and user.args[0] is node

@@ -311,7 +311,7 @@ class QuantizedCache(Cache):
 
         Raises:
             CacheError: the cache belongs to no optimised model, can no longer be used, or keeps
-                states in a class or in attributes of the model's own.
+                states in a class of the model's own.
             ArtifactError: the file cannot be written.
         """
         from kvquant_compile.runtime.saved import save

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
+from kvquant_compile.capture.attribute_states import kept_in
 from kvquant_compile.capture.own_cache import own_states
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import ArtifactError, CacheError
@@ -22,7 +23,6 @@ from kvquant_compile.files import FileKind
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.identity import Identity
-from kvquant_compile.runtime.states import KEYS, POSITIONS, index_tensors, restore_index
 
 _REDO = "Run the prompt through the optimised model again and save its cache anew."
 FILE = FileKind("cache", "kvquant_compile cache", "1", ArtifactError, _REDO)
@@ -30,11 +30,11 @@ FILE = FileKind("cache", "kvquant_compile cache", "1", ArtifactError, _REDO)
 
 def save(cache: QuantizedCache, identity: Identity, path: str | Path) -> None:
     """Write a cache; see :meth:`QuantizedCache.save`."""
-    if own_states(cache.states):
+    if cache.states is not None and len(own_states(cache.states)) > len(kept_in(cache.states)):
         raise CacheError(
             "this cache cannot be saved",
-            why="its model keeps states in a cache class or in attributes of its own, which"
-            " nothing but the model's code can fill",
+            why=f"its model keeps states in a class of its own, {type(cache.states).__name__},"
+            " which nothing but the model's code can fill",
             do="Run the prompt again instead, or keep the cache and fork it.",
         )
     lengths = cache.lengths.cpu()
@@ -160,11 +160,17 @@ def _fill(cache: QuantizedCache, header: Mapping[str, Any], tensors: Mapping[str
     _restore_states(cache, header["states"], tensors)
 
 
+_INDEX, _KEPT = "index", "kept."
+
+
 def _states(cache: QuantizedCache) -> Iterator[tuple[str, Tensor, bool]]:
     """(name, tensor, whether tokens have gone into it) of recurrent states and indices."""
+    if cache.states is not None:
+        for name, tensor in kept_in(cache.states).items():
+            yield _KEPT + name, tensor, True
     for index, indexed in enumerate(cache.indexed_layers()):
-        for part, tensor in index_tensors(indexed).items():
-            yield f"states.{index}.{part}.0", tensor, True
+        if indexed.indexer_keys is not None:
+            yield f"states.{index}.{_INDEX}.0", indexed.indexer_keys, True
     for index, layer in enumerate(cache.recurrent_layers()):
         for kind in ("conv", "recurrent"):
             for place, tensor in getattr(layer, f"{kind}_states").items():
@@ -178,9 +184,13 @@ def _restore_states(
 ) -> None:
     layers: list[LinearAttentionLayer] = cache.recurrent_layers()
     for name in begun:
+        if name.startswith(_KEPT):
+            assert cache.states is not None
+            kept_in(cache.states)[name.removeprefix(_KEPT)] = tensors[name].to(cache.device)
+            continue
         _, index, kind, place = name.split(".")
-        if kind in (KEYS, POSITIONS):
-            restore_index(cache.indexed_layers()[int(index)], kind, tensors[name].to(cache.device))
+        if kind == _INDEX:
+            cache.indexed_layers()[int(index)].update_indexer(tensors[name].to(cache.device))
             continue
         layer, at, saved = layers[int(index)], int(place), tensors[name].to(cache.device)
         if kind == "conv":

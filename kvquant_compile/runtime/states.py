@@ -10,13 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttentionLayer
 
-from kvquant_compile.capture.kept_positions import ATTRIBUTE
 from kvquant_compile.capture.own_cache import own_states
 from kvquant_compile.capture.state import put
-
-KEYS, POSITIONS = "index", "positions"
-# Where a layer keeps the parts of an index, by the name that files give them.
-_PARTS = {KEYS: "indexer_keys", POSITIONS: ATTRIBUTE}
 
 
 def recurrent_layers(states: Cache | None) -> list[LinearAttentionLayer]:
@@ -31,22 +26,8 @@ def indexed_layers(states: Cache | None) -> list[DynamicIndexedLayer]:
     return [layer for layer in layers if isinstance(layer, DynamicIndexedLayer)]
 
 
-def index_tensors(layer: DynamicIndexedLayer) -> dict[str, Tensor]:
-    """Keys [B, T, D] of an index and positions [1, B, T] of all tokens, where a layer has them."""
-    found = {name: getattr(layer, place, None) for name, place in _PARTS.items()}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-def restore_index(layer: DynamicIndexedLayer, name: str, tensor: Tensor) -> None:
-    """Put back what :func:`index_tensors` named."""
-    if name == KEYS:
-        layer.update_indexer(tensor)
-    else:
-        setattr(layer, _PARTS[name], tensor)
-
-
 def recurrent_bytes(states: Cache | None) -> int:
-    """Bytes of all states of a fixed size."""
+    """Bytes of all recurrent states, and of what is kept beside keys, values and indices."""
     return sum(
         tensor.nbytes
         for layer in recurrent_layers(states)
@@ -57,8 +38,8 @@ def recurrent_bytes(states: Cache | None) -> int:
 
 def index_bytes(states: Cache | None) -> int:
     """Bytes of all indices."""
-    tensors = (t for layer in indexed_layers(states) for t in index_tensors(layer).values())
-    return sum(tensor.nbytes for tensor in tensors)
+    keys = (layer.indexer_keys for layer in indexed_layers(states))
+    return sum(tensor.nbytes for tensor in keys if tensor is not None)
 
 
 def select_rows(states: Cache | None, rows: Tensor) -> None:

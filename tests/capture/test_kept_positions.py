@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import kvquant_compile
 from kvquant_compile.capture import capture
+from kvquant_compile.capture.attribute_states import kept_in
 from kvquant_compile.capture.edit import add_op
 from kvquant_compile.capture.kept_positions import PositionHistory
 from kvquant_compile.capture.markers import ATTEND, MASK
@@ -62,8 +63,7 @@ def test_positions_go_with_rows_and_into_files(tmp_path):
     mask[0, :3] = 0
     with torch.no_grad():
         cache = model(ids, attention_mask=mask).past_key_values
-        (index,) = cache.indexed_layers()
-        assert index.indexer_position_ids.shape == (1, 2, 30)
+        assert kept_in(cache.states)["positions"].shape == (2, 30)
         cache.save(tmp_path / "prefix.safetensors")
         again = kvquant_compile.load_cache(tmp_path / "prefix.safetensors", model)
         swapped = cache.fork()

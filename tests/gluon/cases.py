@@ -12,6 +12,7 @@ from tests.triton.cases import Case
 
 PLAIN = CodecSpec(3, 3, 0, 0, False, 0)
 DEFAULT = CodecSpec(3, 3, 1, 1, True, 1)
+RECENT = replace(DEFAULT, recent_tokens=32)
 BASE = Case(
     PLAIN, (128, 128), half_rope(128, 128), heads=1, rep=4, lengths=(300,), start=1000,
     dtype=torch.float16,
@@ -61,6 +62,10 @@ FEATURES = {
     "window, steps, own tokens": replace(BASE, steps=3, exact=False, rep=2, window=40),
     "peaked": replace(BASE, sharpness=16.0),
     "a step over a page's edge": replace(BASE, steps=2, rep=2, exact=False, lengths=(127,), seed=1),
+    "recent": replace(BASE, spec=RECENT, lengths=(300, 7), steps=2, rep=2),
+    "recent, cropped, window": replace(
+        BASE, spec=RECENT, lengths=(150, 64), window=70, cropped=9, rep=2, softcap=1.5
+    ),
     "large scores": replace(
         BASE, spec=CodecSpec(2, 1, 0, 0, False, 0), dims=(32, 32), rope=None, rep=8, heads=8,
         lengths=(2,) * 8, sharpness=64.0,

@@ -95,7 +95,8 @@ def test_turned_zeros() -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scales_make_keys_of_bytes(scaled: bool) -> None:
-    """Explicit pairs: ``byte 2**-24 scale + centre``; linear ones: scales and zeros apart."""
+    """Explicit pairs: ``byte 2**-24 scale + centre``; linear ones: scales and zeros apart, with
+    what bytes read as 1024 + byte are too large by, or that in a section of its own."""
     built, constants, c = made(CodecSpec(3, 3, 0, 0, scaled, 0))
     found = halves(constants, c.scales, c.tables, 2, 3, 4, 4, 2)
     scale, zero = (built.cache.tables[i].double().numpy() for i in (1, 2))
@@ -110,22 +111,24 @@ def test_scales_make_keys_of_bytes(scaled: bool) -> None:
             expected = s * (byte - bias + z) * SMALL
             np.testing.assert_allclose(key, expected, rtol=2e-3, atol=2e-3 * s.max() * 60 * SMALL)
         linear = channel + 16  # the same place of the second group
-        s, z = scale[:, linear], zero[:, linear]
+        s, z = scale[:, linear], zero[:, linear] - (0 if scaled else 1024 + bias)
         np.testing.assert_allclose(found[:, 1, 0, t, 2 * member + half, low], s, rtol=1e-3)
         for r in range(2):
             np.testing.assert_array_equal(found[:, 1, 1 + member, t, 2 * half + r, low], z)
+    if scaled:
+        assert (halves(constants, c.centre, c.outliers, 4, 4, 2) == -(1024 + bias)).all()
 
 
 def test_tables_have_their_bias() -> None:
     built, constants, c = made()
     keys = block(constants, c.tables, c.tables + 64).reshape(2, 4, 16)
-    values = block(constants, c.tables + 64, c.outliers).reshape(2, 4, 16)
+    values = block(constants, c.tables + 64, c.centre).reshape(2, 4, 16)
     key_table, value_table = (built.cache.tables[i].numpy().astype(int) for i in (0, 4))
     for copy in range(4):
         assert (keys[:, copy, :8] == key_table + table_bias(3)).all()
         assert (values[:, copy] == value_table + table_bias(4)).all()
     _, constants, c = made(CodecSpec(3, 3, 0, 0, False, 0))
-    signed = block(constants, c.tables + 64, c.outliers).view(np.int8).reshape(2, 4, 16)
+    signed = block(constants, c.tables + 64, c.centre).view(np.int8).reshape(2, 4, 16)
     assert (signed[:, :, :8] < 0).any(), "values of up to three bits are signed bytes"
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvquant_compile.capture import capture
+from kvquant_compile.capture.markers import ATTEND
 from kvquant_compile.capture.reference import exact_attention
 from kvquant_compile.errors import KVQuantError, UnsupportedLayerError
 from kvquant_compile.lowering.score_bias import by_distance
+from kvquant_compile.passes.distance_bias import distance_bias
 from kvquant_compile.passes.recognise import recognise
+from kvquant_compile.passes.taint import taint
 from kvquant_compile.runtime.validate import validate_lossless
 from tests.survey.case import build
+from tests.survey.shrink import tiny_config
+from tests.zoo import randomise
 
 pytestmark = pytest.mark.skipif(
     "inkling2_text" not in CONFIG_MAPPING, reason="transformers without Inkling"
@@ -71,22 +79,23 @@ def _of_two_sources(self, states, queries, keys):
     return both.masked_fill(distance >= self.rel_extent, 0.0)
 
 
-@pytest.mark.parametrize(
-    "forward", [_off_by_one, _last_one_goes_on, _by_place_of_the_key, _fading, _of_two_sources]
-)
-def test_other_biases_are_refused(forward, monkeypatch):
-    from transformers.models.inkling.modeling_inkling import InklingRelativeLogits
-
-    monkeypatch.setattr(InklingRelativeLogits, "forward", forward)
-    captured = capture(_one_layer())
-    with pytest.raises(UnsupportedLayerError, match=r"adds a tensor of its own to the scores, and"):
-        recognise(captured)
-
-
-def _one_layer():
-    model = build("inkling_text")
-    model.model.layers = model.model.layers[:1]
-    return model
+def test_other_biases_are_refused():
+    spreads = (_off_by_one, _last_one_goes_on, _by_place_of_the_key, _fading, _of_two_sources)
+    config = tiny_config("inkling_text")
+    config.num_hidden_layers = count = len(spreads)
+    config.layer_types, config.mlp_layer_types = ["hybrid"] * count, ["dense"] * count
+    model = randomise(AutoModelForCausalLM.from_config(config)).eval()
+    for layer, spread in zip(model.model.layers, spreads, strict=True):
+        module = layer.self_attn.rel_logits_proj
+        module.forward = functools.partial(spread, module)
+    captured = capture(model)
+    graph = captured.graph_module.graph
+    known = taint(graph, *captured.data_inputs)
+    attends = graph.find_nodes(op="call_function", target=ATTEND)
+    assert len(attends) == count
+    for attend in attends:
+        with pytest.raises(UnsupportedLayerError, match="adds a tensor of its own to the scores"):
+            distance_bias(captured, known, attend)
 
 
 def test_sinks_of_another_shape_are_refused(monkeypatch):

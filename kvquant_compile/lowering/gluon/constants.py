@@ -16,6 +16,9 @@ from kvquant_compile.lowering.gluon.spec import LINEAR_LIMIT, Constants, GluonSp
 from kvquant_compile.lowering.triton.prepared import half_words
 from kvquant_compile.lowering.triton.spec import table_bias
 
+BYTES_FROM = 1024
+"""Bytes u of linear pairs are read as float16 1024 + u."""
+
 
 @dataclass(frozen=True, eq=False)
 class GluonConstants:
@@ -101,6 +104,9 @@ def _sections(
         _table_bytes(host.key_table, bits[0], signed=False),
         _table_bytes(host.value_table, bits[1], signed=True),
     ]
+    if spec.layout.spec.key_token_scale:
+        centre = torch.full((heads, 16, 2), -float(BYTES_FROM + table_bias(bits[0])))
+        out.append(half_words(*centre.unbind(-1)))
     if spec.layout.spec.key_slots:
         out.append(_outlier_table(spec, frequencies, unit))
     return out
@@ -173,7 +179,8 @@ def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
     """Words [H, groups, 3, t, 4] of scales and zeros; ``scale`` over the head's unit.
 
     Explicit: a byte u becomes ``u 2**-24 scale + centre``, member by member. Linear: scales of
-    the fragment's four words, then the zeros of either member, both rows alike.
+    the fragment's four words, then the zeros of either member, both rows alike, less what bytes are
+    too large by unless token scales apply to that.
     """
     heads, bits = scale.shape[0], spec.layout.spec.key_bits
     pair = _fragment_pairs(spec.key_groups)
@@ -185,6 +192,8 @@ def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
     explicit = torch.stack([half_words(*x.unbind(-1)) for x in (s * 2**24 * small, centre)], -2)
     explicit = explicit.permute(0, 2, 1, 3, 4, 5).flatten(-2)  # head, group, member, t, kind half
     linear = half_words(*s.unbind(-1)).permute(0, 2, 3, 1, 4).flatten(-2)
+    if not spec.layout.spec.key_token_scale:
+        z = z - (BYTES_FROM + table_bias(bits))
     zeros = half_words(*z.unbind(-1)).permute(0, 2, 1, 3, 4).repeat_interleave(2, -1)
     n = spec.explicit
     out[:, :n, :2] = explicit[:, :n]

@@ -28,7 +28,6 @@ from kvquant_compile.lowering.gluon.fragments import (
 from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
 from kvquant_compile.lowering.gluon.visibility import TOKENS
 from kvquant_compile.lowering.gluon.writer import KernelWriter, registers
-from kvquant_compile.lowering.triton.spec import table_bias
 
 _WORDS = ("a0", "a1", "b0", "b1")
 
@@ -103,6 +102,9 @@ class KeyEmitter:
         for fragment in self._level_fragments:
             for kind in ("bytes", "zeros") if self._scaled else ("bytes",):
                 out(*(f"{kind}{fragment}_{i} = zero" for i in range(4)))
+        if self._scaled:
+            centre = self._constant(Constants(self.spec).centre)
+            load_shared(out, [f"k{i}" for i in range(4)], "shared + t * 16", centre)
         for pairs in self._linear:
             at = [scales + 192 * pairs + 64 * k for k in range(3)]
             if self.spec.rotates:  # scales are in the queries already
@@ -127,21 +129,25 @@ class KeyEmitter:
         out.ptx(text, target, inputs, pure=True, name="FOLD")
 
     def _levels(self, out: KernelWriter, fragment: int, pairs: int) -> None:
-        """Add what a group's centres and zeros add to every score."""
+        """Add what a group's centres and zeros add to every score.
+
+        Bytes come as 1024 + u and mean u - bias. Without token scales the zeros contain that; they
+        are whole numbers then, exact in halves from -2048 on, and off by one below.
+        """
         kept = "q" if self.spec.rotates else "p"
-        target = [f"{kept}{fragment}_{pairs}_{x}" for x in _WORDS]
-        # bytes come as 1024 + u and mean u - bias; zeros are whole numbers: both exact in halves
+        queries = [f"{kept}{fragment}_{pairs}_{x}" for x in _WORDS]
         d, b = registers(0, 4), registers(4, 4)
-        number = -(1024 + table_bias(self.spec.layout.spec.key_bits))
-        text = f".reg .b32 k; mov.b32 k, {_half_pair(number)};\n"
-        text += product(d, ["k"] * 4, b[:2], registers(8, 4)) + product(d, ["k"] * 4, b[2:], d)
-        sums = [f"bytes{fragment}_{i}" for i in range(4)]
-        out.ptx(text, sums, [*target, *sums], kinds="rrrrffff", into="ffff", name="BYTES_LEVEL")
-        sums = [f"{'zeros' if self._scaled else 'bytes'}{fragment}_{i}" for i in range(4)]
         text = product(d, registers(12, 4), b[:2], registers(8, 4))
         text += product(d, registers(16, 4), b[2:], d)
-        inputs = [*target, *sums, *(f"e{i}" for i in range(4, 12))]
-        out.ptx(text, sums, inputs, kinds="rrrrffff" + "r" * 8, into="ffff", name="ZEROS_LEVEL")
+        keys = {"zeros": [f"e{i}" for i in range(4, 12)]}
+        if self._scaled:
+            keys["bytes"] = ["k0", "k1", "k2", "k3"] * 2
+        else:
+            keys["bytes"] = keys.pop("zeros")
+        for kind, words in keys.items():
+            sums = [f"{kind}{fragment}_{i}" for i in range(4)]
+            kinds = "rrrrffff" + "r" * 8
+            out.ptx(text, sums, [*queries, *sums, *words], kinds=kinds, into="ffff", name="LEVEL")
 
     def scores(self, out: KernelWriter, chunk: int) -> None:
         """Scores of the lane's four tokens of a chunk."""
@@ -315,11 +321,3 @@ def _rotate(turns: list[str], scales: list[str]) -> str:
             f"mul.rn.f16x2 q{k}, a{k}, {sin}; fma.rn.f16x2 q{k}, b{k}, {cos}, q{k};\n"
         )
     return text
-
-
-def _half_pair(number: int) -> str:
-    """A whole number as two equal halves, for PTX."""
-    import numpy
-
-    bits = int(numpy.float16(number).view(numpy.uint16))
-    return f"0x{bits << 16 | bits:08X}"

@@ -245,9 +245,14 @@ class Constants:
         return self.scales + 192 * self.spec.key_groups
 
     @property
+    def centre(self) -> int:
+        """What bytes are too large by, as a fragment's four words, four times; for token scales."""
+        return self.tables + 128
+
+    @property
     def outliers(self) -> int:
         """[channel][frequency (two words), phase, factor], where keys have slots."""
-        return self.tables + 128
+        return self.centre + (64 if self.spec.layout.spec.key_token_scale else 0)
 
     @property
     def size(self) -> int:
