@@ -63,6 +63,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(graph_backend.torch, "cuda", fake)
     end = lambda device, pool: fake.log.append(("abandoned", device, pool))  # noqa: E731
     monkeypatch.setattr(torch_internals.torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    random = lambda device: fake.log.append(("random numbers", device))  # noqa: E731
+    monkeypatch.setattr(graph_backend, "end_random_capture", random)
     return fake
 
 
@@ -96,7 +98,8 @@ def test_a_failing_body_ends_its_capture(cuda: FakeCuda, invalid: bool) -> None:
     with pytest.raises(ValueError, match="in the body"):
         backend.capture(fails, DEVICE)
     assert "end" in cuda.log
-    assert (("abandoned", 0, (0, 1)) in cuda.log) == invalid
+    for undone in (("abandoned", 0, (0, 1)), ("random numbers", DEVICE)):
+        assert (undone in cuda.log) == invalid
     cuda.invalid = False
     backend.capture(lambda: torch.ones(1), DEVICE)
     assert ("begin", (0, 2), "thread_local") in cuda.log  # the first pool is in doubt
@@ -106,7 +109,7 @@ def test_a_capture_that_cannot_end(cuda: FakeCuda) -> None:
     cuda.invalid = True
     with pytest.raises(RuntimeError, match="invalidated"):
         CudaGraphs().capture(lambda: torch.ones(1), DEVICE)
-    assert cuda.log[-1] == ("abandoned", 0, (0, 1))
+    assert cuda.log[-2:] == [("abandoned", 0, (0, 1)), ("random numbers", DEVICE)]
 
 
 def test_context_is_the_stream(cuda: FakeCuda) -> None:
