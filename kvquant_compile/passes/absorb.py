@@ -36,6 +36,7 @@ _TOLERANCE = 1e-5
 # In the meta of an append: channels of a head that its key and value hold twice.
 LATENT = "kvquant_latent"
 _NAME = "kvquant_absorbed_{}_{}"
+_READ = "kvquant_absorbed_parameters"
 aten = torch.ops.aten
 
 
@@ -70,6 +71,7 @@ def absorb(captured: Captured) -> None:
         UnsupportedLayerError: keys or values are computed from the cached ones in another way.
     """
     gm = captured.graph_module
+    before = _attributes(gm)
     readers_of: dict[fx.Node, list[fx.Node]] = {}
     for attend in gm.graph.find_nodes(op="call_function", target=ATTEND):
         readers_of.setdefault(_append_before(attend), []).append(attend)
@@ -90,6 +92,20 @@ def absorb(captured: Captured) -> None:
         sort_topologically(gm.graph)
         gm.graph.lint()
         gm.recompile()
+        gone = [before[name] for name in before.keys() - _attributes(gm).keys()]
+        gm.meta[_READ] = tuple((x, x._version) for x in gone)
+
+
+def changed_since(gm: fx.GraphModule) -> bool:
+    """Whether a parameter that was moved into the graph's own matrices has been written since,
+    which the graph does not see (writes through ``.data`` leave no trace)."""
+    return any(x._version != version for x, version in gm.meta.get(_READ, ()))
+
+
+def _attributes(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph reads, by name."""
+    names = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    return {name: operator.attrgetter(name)(gm) for name in names}
 
 
 def _is_direct(attend: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from kvquant_compile.capture import capture
 from kvquant_compile.capture.cleanup import evaluation_mode
 from kvquant_compile.errors import OptionError
 from kvquant_compile.logs import logger
+from kvquant_compile.passes.absorb import changed_since
 from kvquant_compile.passes.recognise import MatchedLayer, recognise
 from kvquant_compile.plan import LayerPlan, RopeSpec
 from kvquant_compile.recipes.choice import stored_layers
@@ -28,7 +29,8 @@ def follow_adapters(state: Installed, steps: int) -> None:
     """Let the model's present adapters be what its next step of so many tokens computes.
 
     Raises:
-        OptionError: the step's adapters cannot be followed, or layers were replaced.
+        OptionError: the step's adapters cannot be followed, or layers were replaced, or weights
+            that the graph holds in another form were written.
         KVQuantError: the model as it is now cannot be optimised.
     """
     adapters = state.adapters
@@ -37,8 +39,16 @@ def follow_adapters(state: Installed, steps: int) -> None:
         adapters.check_layers()
     now = adapters.state()
     if now == state.adapted:
+        if steps > 1 and changed_since(state.captured.graph_module):
+            raise OptionError(
+                "weights of latent attention were written since the model was optimised",
+                why="its graph holds their product with the query, made then",
+                do="Call kvquant_compile.restore(model) and optimize again.",
+            )
         return
-    found = state.variants.pop(now, None) or _variant(state)
+    found = state.variants.pop(now, None)
+    if found is None or changed_since(found.captured.graph_module):
+        found = _variant(state)
     state.variants[state.adapted] = Variant(state.captured, state.layers, state.program)
     while len(state.variants) > KEPT:
         del state.variants[next(iter(state.variants))]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kvquant_compile
+from kvquant_compile.errors import OptionError
 from tests import zoo
 
 IDS = zoo.tokens(2, 12)
@@ -218,3 +219,21 @@ def test_offloaded_weights_are_refused() -> None:
     model = accelerate.cpu_offload(tiny(), execution_device=torch.device("cpu"))
     with pytest.raises(kvquant_compile.UnsupportedModelError, match="meta device"):
         kvquant_compile.optimize(model, bits=16)
+
+
+def test_written_weights_of_latent_attention_are_refused() -> None:
+    """Its expansion is moved to the query once; other weights are shared with the graph."""
+    model = kvquant_compile.optimize(zoo.tiny("deepseek_v3", num_hidden_layers=2), bits=16)
+    before = results(model)[0]
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        weights["model.layers.1.self_attn.o_proj.weight"].mul_(1.5)
+    assert not torch.equal(results(model)[0], before)
+    with torch.no_grad():
+        weights["model.layers.1.self_attn.kv_b_proj.weight"].mul_(1.5)
+    with pytest.raises(OptionError, match="latent attention"):
+        results(model)
+    kvquant_compile.restore(model)
+    expected = results(model)[0]
+    kvquant_compile.optimize(model, bits=16)
+    torch.testing.assert_close(results(model)[0], expected, rtol=1e-4, atol=1e-4)
