@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from kvquant_compile.lowering.gluon.epilogue import EpilogueEmitter
 from kvquant_compile.lowering.gluon.keys import KeyEmitter
+from kvquant_compile.lowering.gluon.levels import LevelEmitter
 from kvquant_compile.lowering.gluon.own import OwnEmitter
 from kvquant_compile.lowering.gluon.queries import QueryEmitter
 from kvquant_compile.lowering.gluon.ring import RingEmitter
@@ -54,6 +55,7 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     ring, visibility = RingEmitter(spec, memory), VisibilityEmitter(spec, memory)
     copies = ring.copies
     queries, keys = QueryEmitter(spec, memory), KeyEmitter(spec, memory)
+    levels = LevelEmitter(spec, memory)
     key_slots, value_slots = KeySlotEmitter(spec, memory), ValueSlotEmitter(spec, memory)
     values = ValueEmitter(spec, memory, value_slots)
     _write_frame(out, spec, memory)
@@ -71,16 +73,17 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     key_slots.prologue(out)
     copies.ready(out)
     keys.prologue(out)
+    levels.prologue(out)
     values.prologue(out)
     if not spec.rotates:
-        keys.page_constants(out)
+        levels.page(out)
     out("")
     with out.block("while turn < units:"):
         copies.wait(out, "keys")
         visibility.page(out)
         if spec.rotates:
             queries.page(out)
-            keys.page_constants(out)
+            levels.page(out)
         ring.advance(out)
         ring.find(out, "upcoming")
         keys.scores(out, 0)

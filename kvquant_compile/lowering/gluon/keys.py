@@ -6,8 +6,8 @@ score of a pair is ``(R(-n) q)' R(i) k``. Two rules, by how far a pair turns wit
 
 * *explicit*: the bytes become halves, scaled, and are turned by a table of 64 offsets;
 * *linear*: ``R(i) = 1 + i dR`` to second order, so nothing happens to the key. Scales go into the
-  turned query, whose derivative is a second matrix column; bytes enter as 1024 + u, and what that
-  adds, as well as the zeros, is a constant and a slope per page.
+  query (:mod:`.levels`), whose derivative is a second matrix column; bytes enter as 1024 + u, and
+  what that adds, as well as the zeros, is a constant and a slope per page.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from kvquant_compile.lowering.gluon.fragments import (
     load_codes,
     load_shared,
     product,
-    program_sync,
     table_words,
     unpack,
 )
+from kvquant_compile.lowering.gluon.levels import WORDS
 from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
 from kvquant_compile.lowering.gluon.visibility import TOKENS
 from kvquant_compile.lowering.gluon.writer import KernelWriter, registers
-
-_WORDS = ("a0", "a1", "b0", "b1")
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,6 @@ class KeyEmitter:
     memory: Memory
 
     @property
-    def _linear(self) -> range:
-        return range(self.spec.explicit, self.spec.key_groups)
-
-    @property
     def _scaled(self) -> bool:
         return self.spec.layout.spec.key_token_scale
 
@@ -55,8 +49,7 @@ class KeyEmitter:
         return self.memory.constants + section
 
     def prologue(self, out: KernelWriter) -> None:
-        """The table, and scales and centres of explicit groups, in registers; those of linear
-        groups into the queries, which every page turns."""
+        """The table, and scales and centres of explicit groups, in registers."""
         sections = Constants(self.spec)
         names = [f"key_table{i}" for i in range(4)]
         load_shared(out, names, "shared + t * 16", self._constant(sections.tables))
@@ -64,90 +57,6 @@ class KeyEmitter:
             names = [f"z{pairs}_{i}" for i in range(8)]
             at = self._constant(sections.scales + 192 * pairs)
             load_shared(out, names, "shared + t * 16", at, at + 64)
-        if self.spec.rotates and self._linear:
-            for pairs in self._linear:
-                at = self._constant(sections.scales + 192 * pairs)
-                load_shared(out, [f"e{i}" for i in range(4)], "shared + t * 16", at)
-                for fragment in self.spec.fragments(pairs):
-                    self._keep_scaled(out, fragment, pairs)
-            program_sync(out)
-
-    def _keep_scaled(self, out: KernelWriter, fragment: int, pairs: int) -> None:
-        """A turned word is ``cos`` times one kept word and ``sin`` times another: both members of
-        the query by the scale of either."""
-        a0, a1, b0, b1 = (f"q{fragment}_{pairs}_{x}" for x in _WORDS)
-        text = ".reg .b32 x<4>;\n" + "".join(
-            f"mul.rn.f16x2 x{i}, ${2 + i}, ${6 + i};\n" for i in range(4)
-        )
-        text += "st.shared.v4.b32 [$1], {x0, x1, x2, x3};"
-        at = self.memory.query(pairs, fragment)
-        for words, where in (
-            ((a0, a1, b0, b1), at),
-            ((b0, b1, a0, a1), at + self.memory.query_bytes),
-        ):
-            inputs = [f"shared + {where} + lane * 16", *words, *(f"e{i}" for i in range(4))]
-            out.ptx(text, ["_"], inputs, name="KEEP_SCALED")
-
-    def page_constants(self, out: KernelWriter) -> None:
-        """Fold scales into linear queries; what the bytes' centres and the zeros add.
-
-        Products with the same key in every row leave ``bytes{fragment}_{0..3}`` and
-        ``zeros{fragment}_{0..3}``: a level for the fragment's even columns and one for the odd,
-        twice. Where derivatives are, the odd one is a slope, by the token's offset.
-        """
-        if not self._linear:
-            return
-        out("", "# scales into queries; what centres and zeros add to every score")
-        scales = self._constant(Constants(self.spec).scales)
-        for fragment in self._level_fragments:
-            for kind in ("bytes", "zeros") if self._scaled else ("bytes",):
-                out(*(f"{kind}{fragment}_{i} = zero" for i in range(4)))
-        if self._scaled:
-            centre = self._constant(Constants(self.spec).centre)
-            load_shared(out, [f"k{i}" for i in range(4)], "shared + t * 16", centre)
-        for pairs in self._linear:
-            at = [scales + 192 * pairs + 64 * k for k in range(3)]
-            if self.spec.rotates:  # scales are in the queries already
-                load_shared(out, [f"e{i}" for i in range(4, 12)], "shared + t * 16", *at[1:])
-            else:
-                load_shared(out, [f"e{i}" for i in range(12)], "shared + t * 16", *at)
-            for fragment in self._level_fragments:
-                if not self.spec.rotates:
-                    self._fold(out, fragment, pairs)
-                self._levels(out, fragment, pairs)
-
-    @property
-    def _level_fragments(self) -> range:
-        return self.spec.fragments(self.spec.explicit)
-
-    def _fold(self, out: KernelWriter, fragment: int, pairs: int) -> None:
-        """``p{fragment}_{pairs}_..``: query words times scales, where nothing turns."""
-        names = [f"q{fragment}_{pairs}_{x}" for x in _WORDS]
-        target = [f"p{fragment}_{pairs}_{x}" for x in _WORDS]
-        text = "".join(f"mul.rn.f16x2 ${i}, ${4 + i}, ${8 + i};\n" for i in range(4))
-        inputs = [*names, *(f"e{i}" for i in range(4))]
-        out.ptx(text, target, inputs, pure=True, name="FOLD")
-
-    def _levels(self, out: KernelWriter, fragment: int, pairs: int) -> None:
-        """Add what a group's centres and zeros add to every score.
-
-        Bytes come as 1024 + u and mean u - bias. Without token scales the zeros contain that; they
-        are whole numbers then, exact in halves from -2048 on, and off by one below.
-        """
-        kept = "q" if self.spec.rotates else "p"
-        queries = [f"{kept}{fragment}_{pairs}_{x}" for x in _WORDS]
-        d, b = registers(0, 4), registers(4, 4)
-        text = product(d, registers(12, 4), b[:2], registers(8, 4))
-        text += product(d, registers(16, 4), b[2:], d)
-        keys = {"zeros": [f"e{i}" for i in range(4, 12)]}
-        if self._scaled:
-            keys["bytes"] = ["k0", "k1", "k2", "k3"] * 2
-        else:
-            keys["bytes"] = keys.pop("zeros")
-        for kind, words in keys.items():
-            sums = [f"{kind}{fragment}_{i}" for i in range(4)]
-            kinds = "rrrrffff" + "r" * 8
-            out.ptx(text, sums, [*queries, *sums, *words], kinds=kinds, into="ffff", name="LEVEL")
 
     def scores(self, out: KernelWriter, chunk: int) -> None:
         """Scores of the lane's four tokens of a chunk."""
@@ -192,7 +101,7 @@ class KeyEmitter:
             if pairs and self._passes_on:
                 return [f"plain_{i}" for i in range(4)]
             return [f"bytes{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
-        linear = bool(self._linear) and (self._passes_on or not self.spec.rotates)
+        linear = bool(self.spec.linear) and (self._passes_on or not self.spec.rotates)
         return [f"bytes0_{i}" if linear else "zero" for i in range(4)]
 
     def _derivatives(self, pairs: int) -> bool:
@@ -208,7 +117,7 @@ class KeyEmitter:
         """Add a group of pairs to the products of a tile."""
         codes = [f"key_table{i}" for i in range(table_words(self.spec.layout.spec.key_bits))]
         kept, fragments = "q" if self.spec.rotates else "p", self.spec.fragments(pairs)
-        queries = [f"{kept}{fragment}_{pairs}_{x}" for fragment in fragments for x in _WORDS]
+        queries = [f"{kept}{fragment}_{pairs}_{x}" for fragment in fragments for x in WORDS]
         sums = self._sums(pairs)
         begins = pairs == 0 or self._derivatives(pairs) != self._derivatives(pairs - 1)
         before = self._starts(pairs) if begins else sums
@@ -239,16 +148,16 @@ class KeyEmitter:
         text += product(d, [f"b{i}" for i in range(4)], q[2:], d)
         before = sums
         if pairs == 0:
-            start = "zeros0_{}" if self._linear and self._passes_on else "zero"
+            start = "zeros0_{}" if self.spec.linear and self._passes_on else "zero"
             before = [start.format(i) for i in range(4)]
-        inputs = ["shared + lane * 16", *(f"q0_{pairs}_{x}" for x in _WORDS), *before]
+        inputs = ["shared + lane * 16", *(f"q0_{pairs}_{x}" for x in WORDS), *before]
         out.ptx(text, sums, inputs, kinds="rrrrrffff", into="ffff", name="KEY_ZEROS")
 
     def _finish(self, out: KernelWriter, j: int, r: int) -> None:
         """The score of one token from its products."""
         # offset from the page's middle, in half pages
         where = f"(middle + {TOKENS[j] / 32})"
-        sloped = self.spec.rotates and bool(self._linear)
+        sloped = self.spec.rotates and bool(self.spec.linear)
         for group in range(self.spec.groups):
             column = 2 * r + group
             terms = [] if sloped and self._passes_on else [f"plain_{column}"]
@@ -263,7 +172,7 @@ class KeyEmitter:
 
     def _zeros(self, group: int, r: int, where: str) -> list[str]:
         """What zeros add to a scaled score."""
-        sloped = self.spec.rotates and bool(self._linear)
+        sloped = self.spec.rotates and bool(self.spec.linear)
         terms = []
         if self.spec.zero_fragments:
             terms.append(f"turned_{2 * r + group}")
@@ -271,7 +180,7 @@ class KeyEmitter:
                 return [*terms, f"{where} * turned_{2 * r + 1}"]
         if sloped:
             terms += [f"zeros{group}_{2 * r}", f"{where} * zeros{group}_{2 * r + 1}"]
-        elif self._linear:
+        elif self.spec.linear:
             terms.append(f"zeros0_{group}")
         return terms
 

@@ -53,6 +53,11 @@ class GluonSpec:
         return padded(self.layout.key_dim) // 32
 
     @property
+    def linear(self) -> range:
+        """Groups of pairs that take the linear rule."""
+        return range(self.explicit, self.key_groups)
+
+    @property
     def value_groups(self) -> int:
         """Groups of 32 channels of a value."""
         return self.layout.value_dim // 32

@@ -1,0 +1,120 @@
+"""Scales, centres and zeros of the pairs that take the linear rule, on the queries' side.
+
+A query word carries its channels' scales. What is left of a key then, besides its bytes, is the
+same for all tokens of a page but for the token scale: a level for every query and, where it has a
+derivative, a slope.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvquant_compile.lowering.gluon.fragments import load_shared, product, program_sync
+from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.writer import KernelWriter, registers
+
+WORDS = ("a0", "a1", "b0", "b1")
+"""A fragment's words: either member of the pairs, lower and upper half of its columns."""
+
+
+@dataclass(frozen=True)
+class LevelEmitter:
+    """Writes what products of keys start from."""
+
+    spec: GluonSpec
+    memory: Memory
+
+    @property
+    def _scaled(self) -> bool:
+        return self.spec.layout.spec.key_token_scale
+
+    def _constant(self, section: int) -> int:
+        return self.memory.constants + section
+
+    def prologue(self, out: KernelWriter) -> None:
+        """Scales into the queries that every page turns."""
+        if not (self.spec.rotates and self.spec.linear):
+            return
+        for pairs in self.spec.linear:
+            at = self._constant(Constants(self.spec).scales + 192 * pairs)
+            load_shared(out, [f"e{i}" for i in range(4)], "shared + t * 16", at)
+            for fragment in self.spec.fragments(pairs):
+                self._keep_scaled(out, fragment, pairs)
+        program_sync(out)
+
+    def _keep_scaled(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        """A turned word is ``cos`` times one kept word and ``sin`` times another: both members of
+        the query by the scale of either."""
+        a0, a1, b0, b1 = (f"q{fragment}_{pairs}_{x}" for x in WORDS)
+        text = ".reg .b32 x<4>;\n" + "".join(
+            f"mul.rn.f16x2 x{i}, ${2 + i}, ${6 + i};\n" for i in range(4)
+        )
+        text += "st.shared.v4.b32 [$1], {x0, x1, x2, x3};"
+        at = self.memory.query(pairs, fragment)
+        for words, where in (
+            ((a0, a1, b0, b1), at),
+            ((b0, b1, a0, a1), at + self.memory.query_bytes),
+        ):
+            inputs = [f"shared + {where} + lane * 16", *words, *(f"e{i}" for i in range(4))]
+            out.ptx(text, ["_"], inputs, name="KEEP_SCALED")
+
+    def page(self, out: KernelWriter) -> None:
+        """What the bytes' centres and the zeros add to scores.
+
+        Products with the same key in every row leave ``bytes{fragment}_{0..3}`` and
+        ``zeros{fragment}_{0..3}``: a level for the fragment's even columns and one for the odd,
+        twice. Where derivatives are, the odd one is a slope, by the token's offset.
+        """
+        if not self.spec.linear:
+            return
+        out("", "# scales into queries; what centres and zeros add to every score")
+        scales = self._constant(Constants(self.spec).scales)
+        for fragment in self._fragments:
+            for kind in ("bytes", "zeros") if self._scaled else ("bytes",):
+                out(*(f"{kind}{fragment}_{i} = zero" for i in range(4)))
+        if self._scaled:
+            centre = self._constant(Constants(self.spec).centre)
+            load_shared(out, [f"k{i}" for i in range(4)], "shared + t * 16", centre)
+        for pairs in self.spec.linear:
+            at = [scales + 192 * pairs + 64 * k for k in range(3)]
+            if self.spec.rotates:  # scales are in the queries already
+                load_shared(out, [f"e{i}" for i in range(4, 12)], "shared + t * 16", *at[1:])
+            else:
+                load_shared(out, [f"e{i}" for i in range(12)], "shared + t * 16", *at)
+            for fragment in self._fragments:
+                if not self.spec.rotates:
+                    self._fold(out, fragment, pairs)
+                self._levels(out, fragment, pairs)
+
+    @property
+    def _fragments(self) -> range:
+        return self.spec.fragments(self.spec.explicit)
+
+    def _fold(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        """``p{fragment}_{pairs}_..``: query words times scales, where nothing turns."""
+        names = [f"q{fragment}_{pairs}_{x}" for x in WORDS]
+        target = [f"p{fragment}_{pairs}_{x}" for x in WORDS]
+        text = "".join(f"mul.rn.f16x2 ${i}, ${4 + i}, ${8 + i};\n" for i in range(4))
+        inputs = [*names, *(f"e{i}" for i in range(4))]
+        out.ptx(text, target, inputs, pure=True, name="FOLD")
+
+    def _levels(self, out: KernelWriter, fragment: int, pairs: int) -> None:
+        """Add what a group's centres and zeros add to every score.
+
+        Bytes come as 1024 + u and mean u - bias. Without token scales the zeros contain that; they
+        are whole numbers then, exact in halves from -2048 on, and off by one below.
+        """
+        kept = "q" if self.spec.rotates else "p"
+        queries = [f"{kept}{fragment}_{pairs}_{x}" for x in WORDS]
+        d, b = registers(0, 4), registers(4, 4)
+        text = product(d, registers(12, 4), b[:2], registers(8, 4))
+        text += product(d, registers(16, 4), b[2:], d)
+        keys = {"zeros": [f"e{i}" for i in range(4, 12)]}
+        if self._scaled:
+            keys["bytes"] = ["k0", "k1", "k2", "k3"] * 2
+        else:
+            keys["bytes"] = keys.pop("zeros")
+        for kind, words in keys.items():
+            sums = [f"{kind}{fragment}_{i}" for i in range(4)]
+            kinds = "rrrrffff" + "r" * 8
+            out.ptx(text, sums, [*queries, *sums, *words], kinds=kinds, into="ffff", name="LEVEL")
