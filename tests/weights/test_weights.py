@@ -195,7 +195,7 @@ def test_torchao_int4_weights_unpacked() -> None:
 
 def test_torchao_int4_weights_packed_for_a_cpu() -> None:
     int4 = pytest.importorskip("torchao.prototype.quantization.int4", reason="no torchao, or older")
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason="no torchao")
     model = tiny(hidden_size=128, intermediate_size=256, head_dim=32)
     quantization.quantize_(model, int4.PrototypeInt4WeightOnlyConfig(group_size=32))
     with pytest.raises(kvquant_compile.CalibrationError, match='sensitivity="none"'):

@@ -104,7 +104,7 @@ def _sections(
         _table_bytes(host.key_table, bits[0], signed=False),
         _table_bytes(host.value_table, bits[1], signed=True),
     ]
-    if spec.layout.spec.key_token_scale:
+    if spec.scaled:
         centre = torch.full((heads, 16, 2), -float(BYTES_FROM + table_bias(bits[0])))
         out.append(half_words(*centre.unbind(-1)))
     if spec.layout.spec.key_slots:
@@ -187,12 +187,12 @@ def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
     s, z = (x.unflatten(1, (2, spec.pairs))[:, :, pair] for x in (scale, zero))
     out = torch.zeros(heads, spec.key_groups, 3, 4, 4, dtype=torch.int32)
     small = 2.0**-EXPLICIT_EXPONENT
-    shift = 0 if spec.layout.spec.key_token_scale else z
+    shift = 0 if spec.scaled else z
     centre = (shift - table_bias(bits)) * s * small
     explicit = torch.stack([half_words(*x.unbind(-1)) for x in (s * 2**24 * small, centre)], -2)
     explicit = explicit.permute(0, 2, 1, 3, 4, 5).flatten(-2)  # head, group, member, t, kind half
     linear = half_words(*s.unbind(-1)).permute(0, 2, 3, 1, 4).flatten(-2)
-    if not spec.layout.spec.key_token_scale:
+    if not spec.scaled:
         z = z - (BYTES_FROM + table_bias(bits))
     zeros = half_words(*z.unbind(-1)).permute(0, 2, 1, 3, 4).repeat_interleave(2, -1)
     n = spec.explicit

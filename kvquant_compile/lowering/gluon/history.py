@@ -107,10 +107,6 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     if value_slots.count:
         value_slots.flush(out)
     EpilogueEmitter(spec, memory).write(out)
-    out(
-        "# never true: keeps the shared memory alive to the end",
-        "gl.store(counters + tid, own_row.load(LANES), mask=tid < (splits >> 31))",
-    )
 
 
 def _write_frame(out: KernelWriter, spec: GluonSpec, memory: Memory) -> None:

@@ -41,21 +41,14 @@ class KeyEmitter:
     spec: GluonSpec
     memory: Memory
 
-    @property
-    def _scaled(self) -> bool:
-        return self.spec.layout.spec.key_token_scale
-
-    def _constant(self, section: int) -> int:
-        return self.memory.constants + section
-
     def prologue(self, out: KernelWriter) -> None:
         """The table, and scales and centres of explicit groups, in registers."""
         sections = Constants(self.spec)
         names = [f"key_table{i}" for i in range(4)]
-        load_shared(out, names, "shared + t * 16", self._constant(sections.tables))
+        load_shared(out, names, "shared + t * 16", self.memory.constants + sections.tables)
         for pairs in range(self.spec.explicit):
             names = [f"z{pairs}_{i}" for i in range(8)]
-            at = self._constant(sections.scales + 192 * pairs)
+            at = self.memory.constants + sections.scales + 192 * pairs
             load_shared(out, names, "shared + t * 16", at, at + 64)
 
     def scores(self, out: KernelWriter, chunk: int) -> None:
@@ -65,7 +58,7 @@ class KeyEmitter:
         words = [f"k{i}" for i in range(count)]
         out("", f"# keys of chunk {chunk}")
         load_codes(out, words, "here", chunk * 128 * count)
-        if self._scaled:
+        if self.spec.scaled:
             self._token_scales(out, chunk)
         selectors: list[str] = []
         for index in range(0, 4 * self.spec.key_groups, 2):
@@ -124,7 +117,7 @@ class KeyEmitter:
         extra: list[str] = []
         if pairs < self.spec.explicit:
             table = Constants(self.spec).rotation + 1024 * (tile * self.spec.explicit + pairs)
-            at, turns = self._constant(table), [f"e{i}" for i in range(8)]
+            at, turns = self.memory.constants + table, [f"e{i}" for i in range(8)]
             load_shared(out, turns, "shared + lane * 16", at, at + 512)
             extra = [*turns, *(f"z{pairs}_{i}" for i in range(8))]
         inputs = [*selectors, *codes, *queries, *extra, *before]
@@ -138,7 +131,7 @@ class KeyEmitter:
     def _multiply_zeros(self, out: KernelWriter, tile: int, pairs: int) -> None:
         """Add the turned zeros of an explicit group to ``turned_{0..3}``."""
         table = Constants(self.spec).zeros + 1024 * (tile * self.spec.explicit + pairs)
-        at, sums = self._constant(table), [f"turned_{i}" for i in range(4)]
+        at, sums = self.memory.constants + table, [f"turned_{i}" for i in range(4)]
         text = ".reg .b32 a<4>, b<4>;\n"
         for i, name in enumerate("ab"):
             target = ", ".join(f"{name}{k}" for k in range(4))
@@ -166,7 +159,7 @@ class KeyEmitter:
                 if not self.spec.explicit:
                     terms = terms[-2:]
             score = " + ".join(terms)
-            if self._scaled:
+            if self.spec.scaled:
                 score = " + ".join([f"scale{j} * ({score})", *self._zeros(group, r, where)])
             out(f"s{group}_{j} = {score}")
 

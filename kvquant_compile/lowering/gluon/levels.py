@@ -24,19 +24,12 @@ class LevelEmitter:
     spec: GluonSpec
     memory: Memory
 
-    @property
-    def _scaled(self) -> bool:
-        return self.spec.layout.spec.key_token_scale
-
-    def _constant(self, section: int) -> int:
-        return self.memory.constants + section
-
     def prologue(self, out: KernelWriter) -> None:
         """Scales into the queries that every page turns."""
         if not (self.spec.rotates and self.spec.linear):
             return
         for pairs in self.spec.linear:
-            at = self._constant(Constants(self.spec).scales + 192 * pairs)
+            at = self.memory.constants + Constants(self.spec).scales + 192 * pairs
             load_shared(out, [f"e{i}" for i in range(4)], "shared + t * 16", at)
             for fragment in self.spec.fragments(pairs):
                 self._keep_scaled(out, fragment, pairs)
@@ -68,12 +61,12 @@ class LevelEmitter:
         if not self.spec.linear:
             return
         out("", "# scales into queries; what centres and zeros add to every score")
-        scales = self._constant(Constants(self.spec).scales)
+        scales = self.memory.constants + Constants(self.spec).scales
         for fragment in self._fragments:
-            for kind in ("bytes", "zeros") if self._scaled else ("bytes",):
+            for kind in ("bytes", "zeros") if self.spec.scaled else ("bytes",):
                 out(*(f"{kind}{fragment}_{i} = zero" for i in range(4)))
-        if self._scaled:
-            centre = self._constant(Constants(self.spec).centre)
+        if self.spec.scaled:
+            centre = self.memory.constants + Constants(self.spec).centre
             load_shared(out, [f"k{i}" for i in range(4)], "shared + t * 16", centre)
         for pairs in self.spec.linear:
             at = [scales + 192 * pairs + 64 * k for k in range(3)]
@@ -110,7 +103,7 @@ class LevelEmitter:
         text = product(d, registers(12, 4), b[:2], registers(8, 4))
         text += product(d, registers(16, 4), b[2:], d)
         keys = {"zeros": [f"e{i}" for i in range(4, 12)]}
-        if self._scaled:
+        if self.spec.scaled:
             keys["bytes"] = ["k0", "k1", "k2", "k3"] * 2
         else:
             keys["bytes"] = keys.pop("zeros")

@@ -84,9 +84,14 @@ class GluonSpec:
         return range(self.groups if linear else 1)
 
     @property
+    def scaled(self) -> bool:
+        """Whether keys have a scale of their token."""
+        return self.layout.spec.key_token_scale
+
+    @property
     def zero_fragments(self) -> bool:
         """Whether zeros of rotated keys enter by their own product: under a token scale."""
-        return self.layout.spec.key_token_scale and self.explicit > 0
+        return self.scaled and self.explicit > 0
 
     @property
     def name(self) -> str:
@@ -257,7 +262,7 @@ class Constants:
     @property
     def outliers(self) -> int:
         """[channel][frequency (two words), phase, factor], where keys have slots."""
-        return self.centre + (64 if self.spec.layout.spec.key_token_scale else 0)
+        return self.centre + (64 if self.spec.scaled else 0)
 
     @property
     def size(self) -> int:
