@@ -11,6 +11,7 @@ from kvquant_compile.codec.spec import LOSSLESS, CodecSpec
 from kvquant_compile.errors import OptionError
 
 Bits = int | tuple[int, int]
+Slots = int | tuple[int, int]
 
 MOST_RECENT = 1024
 """More exact last tokens than this would be another kind of cache."""
@@ -22,25 +23,30 @@ class FormatOptions:
 
     Attributes:
         bits: a width for keys and values, a (key, value) pair, or cache index -> either.
-        slots: outlier slots per (token, head) of keys and of values, 0..4.
+        slots: outlier slots per (token, head) of keys and of values, 0..4, or a pair of both.
         sinks: leading tokens kept exactly, 0..64.
         recent_window: last tokens kept exactly, a multiple of 16 up to 1024.
     """
 
     bits: Bits | Mapping[int, Bits] = 3
-    slots: int = 1
+    slots: Slots = 1
     sinks: int = 1
     recent_window: int = 0
 
     def __post_init__(self) -> None:
-        for name, most in (("slots", 4), ("sinks", 64)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-                raise OptionError(
-                    f"{name}={value!r}",
-                    why=f"it must be a whole number from 0 to {most}",
-                    do="Leave it out for the default.",
-                )
+        pair = self.slots if isinstance(self.slots, tuple | list) else (self.slots,) * 2
+        if len(pair) != 2 or not all(_is_whole(value, 4) for value in pair):
+            raise OptionError(
+                f"slots={self.slots!r}",
+                why="it must be a whole number from 0 to 4, or a pair of them (keys, values)",
+                do="Leave it out for the default.",
+            )
+        if not _is_whole(self.sinks, 64):
+            raise OptionError(
+                f"sinks={self.sinks!r}",
+                why="it must be a whole number from 0 to 64",
+                do="Leave it out for the default.",
+            )
         recent = self.recent_window
         if type(recent) is not int or recent % 16 or not 0 <= recent <= MOST_RECENT:
             raise OptionError(
@@ -55,7 +61,7 @@ class FormatOptions:
     @staticmethod
     def make(
         bits: Bits | Mapping[int, Bits] | None,
-        slots: int | None,
+        slots: Slots | None,
         sinks: int | None,
         recent_window: int | None = None,
     ) -> FormatOptions:
@@ -103,8 +109,14 @@ class FormatOptions:
         key, value = _pair(bits)
         if key == LOSSLESS:
             return lossless_spec()
-        slots, recent = self.slots, self.recent_window
-        return CodecSpec(key, value, slots, slots, True, self.sinks, recent)
+        key_slots, value_slots = self.slot_pair
+        return CodecSpec(key, value, key_slots, value_slots, True, self.sinks, self.recent_window)
+
+    @property
+    def slot_pair(self) -> tuple[int, int]:
+        """Outlier slots of keys and of values."""
+        slots = self.slots
+        return (slots, slots) if isinstance(slots, int) else (slots[0], slots[1])
 
 
 def _pair(bits: Any) -> tuple[int, int]:
@@ -123,6 +135,10 @@ def _pair(bits: Any) -> tuple[int, int]:
             do="Pass bits=16, or widths from 1 to 8 for both.",
         )
     return pair[0], pair[1]
+
+
+def _is_whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _is_width(bits: Any) -> bool:

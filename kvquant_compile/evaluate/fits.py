@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvquant_compile.calib.calibrate import CalibrationOptions, fit_tables
 from kvquant_compile.codec.formats import Format, Tables
+from kvquant_compile.codec.spec import LOSSLESS
+from kvquant_compile.config import FormatOptions
 from kvquant_compile.evaluate.points import Point
 from kvquant_compile.evaluate.run import Prepared
 from kvquant_compile.mixed.choose import best_picks, probe_losses
@@ -18,12 +20,12 @@ from kvquant_compile.progress import Progress
 from kvquant_compile.recipes.choice import Choice, stored_layers
 from kvquant_compile.runtime.program import Program, build_program
 
-Named = tuple[str, int]
+Named = tuple[str, FormatOptions]
 
 
 def _named(choice: Choice) -> Named:
-    """What widths of a recipe have in common: its name and slots."""
-    return choice.name, choice.form.slots
+    """What widths of a recipe have in common: its name, and what is stored besides codes."""
+    return choice.name, replace(choice.form, bits=LOSSLESS)
 
 
 @dataclass(frozen=True, eq=False)

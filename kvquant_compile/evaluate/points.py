@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvquant_compile.config import Bits
+from kvquant_compile.config import Bits, Slots
 from kvquant_compile.errors import OptionError
 from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.recipes import NAMED
@@ -18,8 +18,10 @@ SIMULATED = (BF16, RELEASED)
 """Codecs that have no pages here: they are read back on the spot, in the same graph."""
 
 SLOTTED = (OURS, PUBLISHED)
-"""Recipes whose outlier slots can be asked for: ``kvquant+@0`` has none."""
+"""Recipes whose exact elements can be asked for: ``kvquant+@0r16`` has no outlier slots, and 16
+exact last tokens; ``kvquant+@1/0`` has a slot for keys and none for values."""
 
+_EXACT = re.compile(r"(?:(\d+)(?:/(\d+))?)?(?:r(\d+))?")
 _PAIR = re.compile(r"(\d+)/(\d+)")
 
 
@@ -28,8 +30,8 @@ class Point:
     """A recipe at a width.
 
     Attributes:
-        recipe: a name of :mod:`kvquant_compile.recipes`, "kvquant+@0" with its number of outlier
-            slots, or "bf16" or "kvquant-released".
+        recipe: a name of :mod:`kvquant_compile.recipes`, "kvquant+@0r16" with its numbers of
+            outlier slots and of exact last tokens, or "bf16" or "kvquant-released".
         bits: "3", "4/2" (keys, values), "2.5", "auto:2.9" (a budget of effective bits); empty
             for recipes with a width of their own.
     """
@@ -56,16 +58,16 @@ class Point:
         Raises:
             OptionError: the recipe has no such width.
         """
-        recipe, _, slots = self.recipe.partition("@")
-        own = int(slots) if slots else None
+        recipe, _, text = self.recipe.partition("@")
+        slots, recent = _exact(text)
         if not self.bits:
-            return choose(recipe, None, own), None
+            return choose(recipe, None, slots, None, recent), None
         if self.bits.startswith("auto:"):
             mixed: MixedBits | None = MixedBits.make("auto", float(self.bits[5:]))
         else:
             mixed = MixedBits.make(float(self.bits)) if "." in self.bits else None
         bits = self._whole() if mixed is None else mixed.placeholder
-        return choose(recipe, bits, own), mixed
+        return choose(recipe, bits, slots, None, recent), mixed
 
     def whole(self) -> int:
         """The width of a recipe that has one for keys and values alike.
@@ -98,12 +100,13 @@ def parse_points(recipes: str, bits: str) -> list[Point]:
     widths = [width.strip() for width in bits.split(",") if width.strip()]
     known = (OURS, PUBLISHED, *NAMED, BF16, RELEASED)
     for name in names:
-        plain, at, slots = name.partition("@")
-        if plain not in (SLOTTED if at else known) or (at and not slots.isdigit()):
+        plain, at, exact = name.partition("@")
+        if plain not in (SLOTTED if at else known) or (at and not _is_exact(exact)):
             raise OptionError(
                 f"--recipes {recipes}",
                 why=f"{name!r} is none of {', '.join(known)}",
-                do=f"Name some of these, separated by commas; {OURS}@0 has no outlier slots.",
+                do=f"Name some of these, separated by commas; {OURS}@0 has no outlier slots, "
+                f"{OURS}@0r16 none and 16 exact last tokens.",
             )
     for width in widths:
         _check(width)
@@ -120,6 +123,19 @@ def grid_points(recipe: str, widths: Sequence[int]) -> list[Point]:
         for key in widths
         for value in widths
     ]
+
+
+def _is_exact(text: str) -> bool:
+    return bool(text) and _EXACT.fullmatch(text) is not None
+
+
+def _exact(text: str) -> tuple[Slots | None, int | None]:
+    """Outlier slots and exact last tokens that a name asks for."""
+    found = _EXACT.fullmatch(text)
+    assert found, "checked where points are parsed"
+    keys, values, recent = (None if part is None else int(part) for part in found.groups())
+    slots = keys if keys is None or values is None else (keys, values)
+    return slots, recent
 
 
 def _check(width: str) -> None:

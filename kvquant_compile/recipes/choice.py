@@ -10,7 +10,7 @@ from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.codec.formats import Format
 from kvquant_compile.codec.layout import lossless_spec
 from kvquant_compile.codec.spec import LOSSLESS, CodecSpec
-from kvquant_compile.config import Bits, FormatOptions
+from kvquant_compile.config import Bits, FormatOptions, Slots
 from kvquant_compile.errors import OptionError
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.recipes.named import NAMED
@@ -75,7 +75,7 @@ class Choice:
 def choose(
     recipe: Chosen | None,
     bits: Bits | Mapping[int, Bits] | None,
-    slots: int | None = None,
+    slots: Slots | None = None,
     sinks: int | None = None,
     recent_window: int | None = None,
 ) -> Choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvquant_compile.config import FormatOptions
 from kvquant_compile.errors import OptionError
 from kvquant_compile.evaluate.pareto import front
 from kvquant_compile.evaluate.points import Point, grid_points, parse_points
@@ -28,6 +29,10 @@ def test_spellings_become_formats() -> None:
     assert Point("fp8").choice()[0].fixed
     assert Point("kvquant+", "3").choice()[1] is None
     assert Point("kvquant+@0", "2.5").choice()[0].form.slots == 0
+    exact = Point("kvquant+@1/0r32", "2").choice()[0].form
+    assert (exact.slot_pair, exact.recent_window) == ((1, 0), 32)
+    only_recent = Point("kvquant+@r48", "2").choice()[0].form
+    assert (only_recent.slots, only_recent.recent_window) == (FormatOptions().slots, 48)
     assert Point("kvquant", "2").choice()[0].form.slots == 2
 
 
@@ -37,6 +42,8 @@ def test_spellings_become_formats() -> None:
         ("best", "3", "'best'"),
         ("kivi@0", "3", "'kivi@0'"),
         ("kvquant+@", "3", "@0 has no"),
+        ("kvquant+@0r", "3", "@0r16"),
+        ("kvquant+@1/", "3", "@0r16"),
         ("kvquant+", "x", "--bits x"),
         ("kvquant+", "3/2.5", "--bits"),
         ("kvquant+", "3/2/1", "--bits"),
