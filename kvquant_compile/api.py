@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kvquant_compile.asked import Asked
 from kvquant_compile.calib.artifact import Artifact
-from kvquant_compile.calib.calibrate import CalibrationOptions, calibrate
+from kvquant_compile.calib.calibrate import CalibrationOptions
 from kvquant_compile.calib.data import WindowSettings, sample_windows
 from kvquant_compile.capture import capture
 from kvquant_compile.capture.cleanup import evaluation_mode
-from kvquant_compile.checks import check_asked, check_refusals, given_artifact, refuse_optimised
+from kvquant_compile.checks import check_refusals, refuse_optimised
 from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.config import Bits
 from kvquant_compile.dump import dumping
@@ -23,11 +23,8 @@ from kvquant_compile.inspect.certificates import certificates as layer_certifica
 from kvquant_compile.inspect.explained import explained
 from kvquant_compile.inspect.report import Report, build_report
 from kvquant_compile.memory.fit import Request, optimize_within
-from kvquant_compile.mixed.choose import calibrate_mixed
-from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.passes.recognise import recognise
 from kvquant_compile.progress import Progress
-from kvquant_compile.recipes.choice import choose, stored_layers
 from kvquant_compile.runtime.adapters import unwrapped
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.chunks import PREFILL_CHUNK, check_chunk
@@ -127,19 +124,11 @@ def optimize(
     refuse_optimised(model)
     network = unwrapped(model)
     if context is not None or memory is not None:
-        for name in ("model", "context", "memory", "batch"):
-            del options_given[name]
-        request = Request.make(context, memory, batch)
-        return optimize_within(optimize, model, request, options_given)
+        return _optimize_within(**options_given)
     check_chunk(prefill_chunk)
-    given = given_artifact(calibration)
+    exact = slots, sinks, recent_window
+    asked = Asked.make(bits, budget, allocation, recipe, exact, calibration, tokenizer)
     options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
-    mixed = MixedBits.make(bits, budget, allocation)
-    whole = cast("Bits | Mapping[int, Bits] | None", bits if mixed is None else mixed.placeholder)
-    choice = choose(recipe, whole, slots, sinks, recent_window)
-    if given is not None and choice.asked:
-        check_asked(choice, mixed, given)
-    options = choice.calibration(options)
     observer = dumping(dump, type(model).__name__)
     # Gradients are needed in calibration, whatever mode the caller is in.
     with (
@@ -151,32 +140,33 @@ def optimize(
         bar.stage("capture")
         captured = capture(network, example_inputs, observer)
         bar.stage("recognise and prove")
-        layers = recognise(captured, observer)
-        specs = choice.formats([layer.plan.index for layer in layers])
-        layers = stored_layers(layers, specs if given is None else given.specs)
+        layers = asked.stored(recognise(captured, observer))
         observer.matched(captured, layers)
         check_refusals(layers, strict)
         bar.stage("validate (lossless)")
         errors = validate_lossless(captured, layers)
-        if given is None:
-            if mixed is None:
-                given = calibrate(
-                    captured, layers, specs, calibration, tokenizer, options, bar, observer
-                )
-            else:
-                given = calibrate_mixed(
-                    captured, layers, choice, mixed, calibration, tokenizer, options, bar, observer
-                )
-            given = dataclasses.replace(given, details={"recipe": choice.name, **given.details})
-        specs, tables = given.for_model(captured, layers)
+        fitted = asked.fitted(captured, layers, options, bar, observer)
+        specs, tables = fitted.for_model(captured, layers)
         bar.stage("rewrite")
         program = build_program(captured, layers, specs, tables, observer)
-        report = build_report(captured, layers, program, errors, given)
-        state = Installed(program, captured, layers, given, report, attend_quantized)
+        report = build_report(captured, layers, program, errors, fitted)
+        state = Installed(program, captured, layers, fitted, report, attend_quantized)
         state.cuda_graphs, state.prefill_chunk = cuda_graphs, prefill_chunk
         observer.finished(state)
     install(network, state, output_type(captured))
     return model
+
+
+def _optimize_within(
+    model: Model,
+    context: int | None,
+    memory: int | float | str | None,
+    batch: int,
+    **options: Any,
+) -> Model:
+    """``optimize`` with the widest format that fits."""
+    request = Request.make(context, memory, batch)
+    return optimize_within(optimize, model, request, options)
 
 
 def sample_calibration(

@@ -135,7 +135,7 @@ def test_a_loaded_artifact_gives_the_same_model_without_calibration(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("calibration ran")
 
-    monkeypatch.setattr("kvquant_compile.api.calibrate", never)
+    monkeypatch.setattr("kvquant_compile.asked.calibrate", never)
     monkeypatch.setattr("kvquant_compile.calib.calibrate.observe", never)
     for given in (path, str(path), kvquant_compile.Artifact.load(path)):
         model = kvquant_compile.optimize(tiny("llama"), calibration=given)

@@ -111,7 +111,7 @@ def test_calibrate_then_explain_and_optimize_from_the_artifact(
     assert code == 0
     assert f"wrote {path}" in out
 
-    monkeypatch.setattr("kvquant_compile.api.calibrate", None)
+    monkeypatch.setattr("kvquant_compile.asked.calibrate", None)
     code, out, _ = run("explain", "--model", MODEL, "--calibration", path, "--json")
     report = json.loads(out)
     assert code == 0

@@ -49,8 +49,8 @@ def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"fit_tables", "choose_windows"} <= set(names)
     for name in names:
         monkeypatch.setattr(calibration, name, refuse)
-    for name in ("calibrate", "calibrate_mixed", "sample_windows"):
-        monkeypatch.setattr(f"kvquant_compile.api.{name}", refuse)
+    for name in ("asked.calibrate", "asked.calibrate_mixed", "api.sample_windows"):
+        monkeypatch.setattr(f"kvquant_compile.{name}", refuse)
 
 
 @pytest.mark.usefixtures("no_calibration")
