@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.config import FormatOptions
 from kvquant_compile.plan import AttendPlan, LayerPlan
 from tests.lowering.reference import half_rope
 
@@ -65,11 +66,14 @@ def plain(bits: int) -> CodecSpec:
     return CodecSpec(bits, bits, 0, 0, False, 0)
 
 
-DEFAULT = Format("3 bit default", CodecSpec(3, 3, 1, 1, True, 1))
+DEFAULT = Format("3 bit default", FormatOptions().spec(0))
+"""What ``optimize`` stores when nothing is asked of it."""
 FORMATS = (
     Format("3 bit", plain(3)),
     DEFAULT,
     Format("3 bit, one K and one V slot", CodecSpec(3, 3, 1, 1, False, 0)),
+    Format("3 bit, last 16 exact", CodecSpec(3, 3, 0, 0, False, 0, 16)),
+    Format("3 bit, token scales, last 16 exact", CodecSpec(3, 3, 0, 0, True, 0, 16)),
     Format("2 bit", plain(2)),
     Format("4 bit", plain(4)),
     Format("3 bit, no RoPE", plain(3), rope=False),

@@ -16,8 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import FORMATS, Format, Size
 from benchmarks.measure import Call
-from benchmarks.synthetic import fill_pages
-from kvquant_compile.codec.layout import padded
+from benchmarks.synthetic import fill_exact, fill_pages
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.lowering import ops
 from kvquant_compile.lowering.constants import lower_layer
@@ -37,6 +36,10 @@ class Contender:
     calls: list[Call]
     cache_bytes: int
     variants: dict[str, list[Call]] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, list[Call]]:
+        """The calls of every setting by its name; one without a name where there are no more."""
+        return self.variants or {"": self.calls}
 
 
 Maker = Callable[[Size, torch.device], Contender]
@@ -58,7 +61,7 @@ def makers() -> dict[str, Maker]:
 
 def ours(form: Format, size: Size, device: torch.device) -> Contender:
     """``kvquant::attend`` on random pages, as a decode step calls it: lengths, positions and
-    block tables on the device, exact leading tokens and the step's own token included."""
+    block tables on the device, exact tokens and the step's own token included."""
     dtype = torch.float16
     g = torch.Generator(device).manual_seed(1)
     tables = random_tables(
@@ -80,11 +83,9 @@ def ours(form: Format, size: Size, device: torch.device) -> Contender:
     positions = torch.arange(columns * PAGE_TOKENS, **where).repeat(size.batch, 1)
     slots = torch.full((size.batch, 1), size.tokens, **where)
     history = slots[:, 0].contiguous()
-    width = padded(size.dim) + size.dim
-    sinks = torch.randn(
-        size.batch, size.kv_heads, form.spec.sink_tokens, width,
-        device=device, dtype=dtype, generator=g,
-    )  # fmt: skip
+    shape = (size.batch, size.kv_heads, layout.exact_rows, layout.exact_width)
+    sinks = torch.empty(shape, device=device, dtype=dtype)
+    fill_exact(sinks, layout, size.tokens + 1, g)
     q, k, v = (
         torch.randn(size.batch, heads, 1, size.dim, device=device, dtype=dtype, generator=g)
         for heads in (size.query_heads, size.kv_heads, size.kv_heads)

@@ -2,21 +2,24 @@
 
     python -m benchmarks.decode_attention --groups grouped --out docs/results/decode-h200.json
 
-Times are medians of CUDA-graph replays; caches of up to 131072 tokens are rotated, so that the
-L2 cache does not serve reads. Kernels are compiled before, in parallel processes. A contender
-that fails leaves its error in the record and the others run on.
+All contenders of a row are set up and captured as CUDA graphs, then replayed in alternating rounds
+(:mod:`benchmarks.rounds`). Caches of up to 131072 tokens are rotated, so that the L2 cache does not
+serve reads. Kernels are compiled before, in parallel processes. A contender that fails leaves its
+error in the record and the others run on.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +29,12 @@ from rich.table import Table
 
 from benchmarks.cases import FORMATS, GROUPS, TINY, Size
 from benchmarks.contenders import makers
-from benchmarks.measure import (
-    Call,
-    bandwidth,
-    environment,
-    failure,
-    graph_seconds,
-    save,
-    wall_seconds,
-)
+from benchmarks.decode_row import measure
+from benchmarks.measure import bandwidth, environment, failure, save
+from benchmarks.rounds import Schedule
 
 DENSE = ("cudnn bf16", "flash bf16", "flex bf16")
 COMPILED = ("flex bf16", "fp8", *(form.name for form in FORMATS))
-
-
-def measure(name: str, size: Size, device: torch.device) -> dict[str, Any]:
-    """Time one contender at one size, or say why it cannot run."""
-    try:
-        contender = makers()[name](size, device)
-        best: tuple[float, str] | None = None
-        errors = []
-        for setting, calls in _settings(contender.calls, contender.variants):
-            try:
-                seconds = _seconds(calls, device)
-            except Exception as error:
-                errors.append(f"{setting}: {failure(error)}")
-                continue
-            best = min(best, (seconds, setting)) if best else (seconds, setting)
-        if best is None:
-            return {"error": "; ".join(errors)}
-        row = {"us": round(best[0] * 1e6, 2), "cache_bytes": contender.cache_bytes}
-        return row | {"bytes_per_second": contender.cache_bytes / best[0], "setting": best[1]}
-    except Exception as error:
-        return {"error": failure(error)}
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _settings(calls: list[Call], variants: dict[str, list[Call]]) -> Iterable[tuple[str, list]]:
-    return variants.items() if variants else [("", calls)]
-
-
-def _seconds(calls: Sequence[Call], device: torch.device) -> float:
-    if device.type == "cuda":
-        return graph_seconds(calls, rounds=max(1, 8 // len(calls)))
-    return min(wall_seconds(calls[0], 2, synchronise=False))
 
 
 def compile_case(name: str, size: Size) -> str:
@@ -80,7 +43,7 @@ def compile_case(name: str, size: Size) -> str:
     device = torch.device("cuda")
     try:
         contender = makers()[name](size, device)
-        for _, calls in _settings(contender.calls, contender.variants):
+        for calls in contender.settings().values():
             calls[0]()
         torch.cuda.synchronize()
     except Exception as error:
@@ -124,6 +87,13 @@ def _cell(result: dict[str, Any], peer: float, read: float) -> str:
     return f"{result['us']:,.1f}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
+def release(device: torch.device) -> None:
+    """Give the memory of a row back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     """Measure the sizes asked for and write JSON after each."""
     args = _arguments()
@@ -131,7 +101,10 @@ def main() -> None:
     sizes = TINY if args.tiny else [s for g in args.groups for s in GROUPS[g]]
     sizes = [s for s in sizes if not args.tokens or s.tokens in args.tokens]
     names = [n for n in makers() if not args.only or any(part in n for part in args.only)]
-    record: dict[str, Any] = {"environment": environment(), "unit": "microseconds", "rows": []}
+    formats = {form.name: asdict(form.spec) for form in FORMATS}
+    record: dict[str, Any] = {
+        "environment": environment(), "unit": "microseconds", "formats": formats, "rows": [],
+    }  # fmt: skip
     if args.append and args.out and args.out.exists():
         again = {size.name for size in sizes}
         old = json.loads(args.out.read_text())["rows"]
@@ -141,15 +114,20 @@ def main() -> None:
         record["compile_seconds"] = round(compile_all(names, sizes, args.jobs), 1)
         record["bandwidth"] = bandwidth()
         read = record["bandwidth"]["read"]
+    schedule = Schedule(args.rounds, slice_seconds=args.slice, sustained_seconds=args.sustained)
     for size in sizes:
-        results = {name: measure(name, size, device) for name in names}
+        start = time.perf_counter()
+        results = measure(names, size, device, schedule)
+        release(device)
         for name, result in results.items():
             if "error" in result:
                 print(f"{size.name}, {name}: {result['error']}", flush=True)
-        record["rows"].append({"size": size.name, **vars(size), "results": results})
+        print(f"{size.name}: {time.perf_counter() - start:.1f} s", flush=True)
+        row = {"size": size.name, **vars(size), "schedule": asdict(schedule), "results": results}
+        record["rows"].append(row)
         save(args.out, record)
     Console(width=args.width).print(render(record["rows"], read))
-    print({k: v for k, v in record.items() if k != "rows"})
+    print({k: v for k, v in record.items() if k not in ("rows", "formats")})
 
 
 def _arguments() -> argparse.Namespace:
@@ -160,6 +138,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="*", default=[], help="only these lengths")
     parser.add_argument("--only", nargs="*", default=[], help="contenders by part of their name")
     parser.add_argument("--jobs", type=int, default=14, help="processes that compile")
+    parser.add_argument("--rounds", type=int, default=Schedule.rounds)
+    parser.add_argument("--slice", type=float, default=Schedule.slice_seconds,
+                        help="seconds of a contender in a round")  # fmt: skip
+    parser.add_argument("--sustained", type=float, default=Schedule.sustained_seconds,
+                        help="seconds of a contender alone, after the rounds")  # fmt: skip
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="two tiny sizes, for a CPU")
     parser.add_argument("--width", type=int, default=220, help="of the printed table")

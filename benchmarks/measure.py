@@ -18,6 +18,9 @@ import triton.language as tl
 
 Call = Callable[[], Any]
 
+SHORT_CALLS, LONG_CALLS = 64, 16
+"""Calls of a graph at least: on rotated inputs, and on one that does not fit into the L2 cache."""
+
 
 def environment() -> dict[str, Any]:
     """Device, versions and date of a run."""
@@ -39,39 +42,72 @@ def environment() -> dict[str, Any]:
     return {**device, **versions, "python": platform.python_version(), "date": today}
 
 
-def graph_seconds(calls: Sequence[Call], budget: float = 0.06, rounds: int = 1) -> float:
+def capture(calls: Sequence[Call], repeats: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that holds all of some calls, in turn, ``repeats`` times.
+
+    Every call runs once before: what it makes at its first run is not part of the graph.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    return graph
+
+
+def graph_seconds(calls: Sequence[Call], budget: float = 0.06) -> float:
     """Median seconds of one call in replays of a CUDA graph that holds all of them.
 
     Args:
         calls: the same work on different inputs; all of them go into the graph, in turn.
         budget: seconds of device time to spend (at least five replays).
-        rounds: how often the graph holds the calls.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls[:3]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for _ in range(rounds):
-            for call in calls:
-                call()
+    graph = capture(calls)
     graph.replay()
-    return _replays(graph.replay, budget) / (rounds * len(calls))
+    return _replays(graph.replay, budget) / len(calls)
+
+
+def graph_slice(calls: Sequence[Call]) -> Callable[[float], float]:
+    """Replays of a CUDA graph without a pause for about so many seconds; the mean of one call.
+
+    The graph holds so many calls that what lies between two replays (a microsecond or two) is
+    a few thousandths of it.
+    """
+    least = SHORT_CALLS if len(calls) > 1 else LONG_CALLS
+    repeats = -(-least // len(calls))
+    graph = capture(calls, repeats)
+    once = _seconds_of(graph.replay, 1)
+
+    def run(seconds: float) -> float:
+        nonlocal once
+        once = _seconds_of(graph.replay, max(1, round(seconds / once)))
+        return once / (repeats * len(calls))
+
+    return run
+
+
+def _seconds_of(replay: Call, count: int) -> float:
+    """Mean seconds of replays that follow each other, between device events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
 
 
 def _replays(replay: Call, budget: float) -> float:
     """Median seconds of ``replay`` between device events."""
     times: list[float] = []
     while sum(times) < budget or len(times) < 5:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        times.append(_seconds_of(replay, 1))
     return statistics.median(times)
 
 

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from benchmarks.report import RESULTS, ROOT, best_peer
+from benchmarks.report import RESULTS, ROOT, best_peer, contenders, is_16_bit, loaded
 
 matplotlib.rcParams["svg.hashsalt"] = "kvquant"  # the same file from the same numbers
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
@@ -25,7 +25,7 @@ def plot_decode(record: dict[str, Any], path: Path) -> None:
     """Time over tokens, and the ratio to the best bfloat16 peer, of batch 1 with grouped heads."""
     rows = [r for r in record["rows"] if (r["query_heads"], r["kv_heads"]) == (32, 8)]
     rows = [r for r in rows if r["batch"] == 1 and r["dim"] == 128]
-    names = list(dict.fromkeys(n for r in rows for n in r["results"] if n != "flex bf16"))
+    names = [n for n in contenders(rows) if n != "flex bf16"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for i, name in enumerate(names):
         points = [(r["tokens"], r["results"][name]["us"], best_peer(r["results"])[1])
@@ -33,17 +33,18 @@ def plot_decode(record: dict[str, Any], path: Path) -> None:
         if not points:
             continue
         tokens, times, dense = zip(*points, strict=True)
-        dashes = "--" if "16" in name or name == "fp8" else "-"
+        dashes = "--" if is_16_bit(name) or name == "fp8" else "-"
         style: dict[str, Any] = {
-            "color": f"C{i}",
+            "color": plt.get_cmap("tab20")(i),
             "linestyle": dashes,
             "marker": ".",
             "label": name,
         }
         left.loglog(tokens, times, **style)
-        if "16" not in name:
+        if not is_16_bit(name):
             ratios = [d / t for d, t in zip(dense, times, strict=True)]
             right.semilogx(tokens, ratios, **style)
+            _plot_sustained(right, rows, name, style["color"])
     right.axhline(1, color="grey", linewidth=0.8)
     left.set(xlabel="cached tokens", ylabel="microseconds", title="32/8 heads, 128 channels")
     right.set(xlabel="cached tokens", ylabel="times faster than the best bf16 peer")
@@ -52,6 +53,14 @@ def plot_decode(record: dict[str, Any], path: Path) -> None:
         axis.legend(fontsize=7)
     environment = record["environment"]
     _save(figure, path, f"{environment['device']}, {environment['date']}")
+
+
+def _plot_sustained(axis: Any, rows: list[dict[str, Any]], name: str, color: Any) -> None:
+    """Open circles: ratios of contenders that ran alone for a while, at the power limit."""
+    for row in (r for r in loaded(rows) if "sustained_us" in r["results"].get(name, {})):
+        peer = best_peer(row["results"], "sustained_us")[1]
+        ratio = peer / row["results"][name]["sustained_us"]
+        axis.plot(row["tokens"], ratio, "o", color=color, fillstyle="none", markersize=5)
 
 
 def plot_model(record: dict[str, Any], path: Path) -> None:
@@ -79,7 +88,7 @@ def _save(figure: Any, path: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-    print(path.relative_to(ROOT))
+    print(path)
 
 
 def main() -> None:

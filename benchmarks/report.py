@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import accuracy_tables
@@ -35,12 +35,25 @@ def origin(record: Record) -> str:
     if "bandwidth" in record:
         read, copy = (record["bandwidth"][k] / 1e12 for k in ("read", "copy"))
         text += f" Bandwidth in this run: {read:.2f} TB/s reading, {copy:.2f} TB/s copying."
+    rounds = {row["schedule"]["rounds"] for row in record.get("rows", []) if "schedule" in row}
+    if rounds:
+        text += f" Medians of {' or '.join(map(str, sorted(rounds)))} alternating rounds."
     return " ".join([text, *(f"{note[0].upper()}{note[1:]}." for note in record.get("notes", []))])
 
 
-def best_peer(results: Record) -> tuple[str, float]:
+def contenders(rows: Sequence[Record]) -> list[str]:
+    """Names in the order of the rows' results."""
+    return list(dict.fromkeys(name for row in rows for name in row["results"]))
+
+
+def is_16_bit(name: str) -> bool:
+    """Whether a contender attends to an unquantised cache."""
+    return name.endswith(("fp16", "bf16"))
+
+
+def best_peer(results: Record, time: str = "us") -> tuple[str, float]:
     """The fastest bfloat16 peer of a row and its microseconds."""
-    times = {name: results[name]["us"] for name in PEERS if "us" in results.get(name, {})}
+    times = {name: results[name][time] for name in PEERS if time in results.get(name, {})}
     name = min(times, key=times.__getitem__)
     return name, times[name]
 
@@ -48,7 +61,7 @@ def best_peer(results: Record) -> tuple[str, float]:
 def decode(record: Record) -> str:
     """Microseconds, ratio to the best bfloat16 peer, and TB/s of cache (share of the read rate)."""
     rows = record["rows"]
-    names = [n for n in dict.fromkeys(n for r in rows for n in r["results"]) if "16" not in n]
+    names = [n for n in contenders(rows) if not is_16_bit(n)]
     read = record.get("bandwidth", {}).get("read")
 
     def cell(result: Record, peer: float) -> str:
@@ -67,9 +80,43 @@ def decode(record: Record) -> str:
     return markdown(head, lines)
 
 
+LOADED_US = 100.0
+"""Microseconds of the best peer from which a row keeps the device at its power limit."""
+
+
+def loaded(rows: Sequence[Record]) -> list[Record]:
+    """Rows at the power limit in which contenders also ran alone for a while."""
+    return [
+        row for row in rows
+        if best_peer(row["results"])[1] >= LOADED_US
+        and any("sustained_us" in row["results"].get(name, {}) for name in PEERS)
+    ]  # fmt: skip
+
+
+def sustained(record: Record) -> str:
+    """Microseconds and ratio to the best bfloat16 peer, each contender having run alone for a
+    while; of the rows at the power limit."""
+    rows = loaded(record["rows"])
+    if not rows:
+        return "Not measured in this run."
+    names = [n for n in contenders(rows) if not is_16_bit(n)]
+
+    def cell(result: Record, peer: float) -> str:
+        if "sustained_us" not in result:
+            return "failed" if result else ""
+        return f"{result['sustained_us']:,.1f} · {peer / result['sustained_us']:.2f}x"
+
+    lines = []
+    for row in rows:
+        name, peer = best_peer(row["results"], "sustained_us")
+        cells = (cell(row["results"].get(n, {}), peer) for n in names)
+        lines.append([row["size"], f"{peer:,.1f} ({name})", *cells])
+    return markdown(["query/kv heads x tokens", "best bf16 peer", *names], lines)
+
+
 def peers(record: Record) -> str:
     """Microseconds of every 16-bit peer."""
-    names = [n for n in record["rows"][0]["results"] if "16" in n]
+    names = [n for n in contenders(record["rows"]) if is_16_bit(n)]
     lines = (
         [row["size"], *(f"{row['results'][n]['us']:,.1f}" if "us" in row["results"].get(n, {})
                         else "failed" for n in names)]
@@ -160,6 +207,7 @@ def chunks(record: Record) -> str:
 
 KINDS: dict[str, Callable[[Record], str]] = {
     "decode": decode,
+    "sustained": sustained,
     "summary": summary,
     "peers": peers,
     "model": model,

@@ -54,6 +54,22 @@ def _sections(pages: int, layout: PageLayout, g: torch.Generator) -> dict[str, T
     return out
 
 
+def fill_exact(rows: Tensor, layout: PageLayout, tokens: int, generator: torch.Generator) -> None:
+    """Random exact tokens in place, and a ring that holds the last of ``tokens`` tokens.
+
+    Args:
+        rows: [B, H, layout.exact_rows, layout.exact_width], float16 or bfloat16.
+        layout: of the pages beside them.
+        tokens: of every sequence.
+        generator: on the device of ``rows``.
+    """
+    rows.normal_(generator=generator)
+    if layout.ring:
+        span = torch.tensor([max(0, tokens - layout.ring), tokens], dtype=torch.int32)
+        state = span.to(rows.device).view(rows.dtype)
+        rows[:, 0, -1, : len(state)] = state
+
+
 def filled_cache(cache: QuantizedCache, batch: int, tokens: int, room: int, seed: int = 0) -> None:
     """Make an empty cache hold ``tokens`` random tokens of every sequence, with allocated
     room for ``room`` more. Takes no memory beside the cache but one chunk of pages.
@@ -67,7 +83,7 @@ def filled_cache(cache: QuantizedCache, batch: int, tokens: int, room: int, seed
     for layer in cache.pages:
         for slab in layer.slabs:
             fill_pages(slab, layer.layout, generator)
-        layer.sinks.normal_(generator=generator)
+        fill_exact(layer.sinks, layer.layout, tokens, generator)
 
 
 def random_artifact(model: nn.Module, spec: CodecSpec, seed: int = 0) -> Artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ DECODE: dict[str, Any] = {
 }
 
 
+def in_rounds() -> dict[str, Any]:
+    """The record above as alternating rounds write it, with a ring among the formats."""
+    record = copy.deepcopy(DECODE)
+    row = record["rows"][0]
+    row |= {"schedule": {"rounds": 5}, "query_heads": 32, "kv_heads": 8, "batch": 1, "dim": 128,
+            "tokens": 2**20}  # fmt: skip
+    row["results"]["3 bit, last 16 exact"] = {"us": 40.0, "bytes_per_second": 2e12}
+    for name, us in (("cudnn bf16", 108.0), ("flash bf16", 110.0), ("3 bit", 30.0)):
+        row["results"][name] |= {"sustained_us": us, "rounds_us": [us]}
+    return record
+
+
 @pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
 def test_pages_show_the_recorded_results(path: Path) -> None:
     page = path.read_text(encoding="utf-8")
@@ -57,6 +70,35 @@ def test_ratios_are_against_the_fastest_bfloat16_peer(tmp_path: Path) -> None:
     assert "fp16" not in text
     peers = report.section("peers", "x", tmp_path)
     assert "| 32/8 x 1M | 99.0 | 120.0 | 100.0 | failed |" in peers
+
+
+def test_sustained_ratios_are_among_sustained_times(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(in_rounds()))
+    text = report.section("sustained", "x", tmp_path)
+    row = "| 32/8 x 1M | 108.0 (cudnn bf16) | failed | 30.0 · 3.60x | failed | failed |"
+    assert row in text
+    assert "copying. Medians of 5 alternating rounds. Something" in text
+    assert "| 40.0 · 2.50x · 2.00 (50 %) |" in report.section("decode", "x", tmp_path)
+    short = in_rounds()
+    short["rows"][0]["results"]["flash bf16"]["us"] = 99.0
+    for record in (DECODE, short):  # without such times, or below the power limit
+        (tmp_path / "y.json").write_text(json.dumps(record))
+        assert report.section("sustained", "y", tmp_path).startswith("Not measured in this run.")
+
+
+def test_old_and_new_records_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    from benchmarks.plots import plot_decode
+
+    drawn = []
+    for name, times in (("new", True), ("old", False)):
+        record = in_rounds()
+        for result in record["rows"][0]["results"].values() if not times else ():
+            result.pop("sustained_us", None)
+        plot_decode(record, tmp_path / f"{name}.svg")
+        drawn.append((tmp_path / f"{name}.svg").read_text())
+    assert all("3 bit, last 16 exact" in text for text in drawn)
+    assert drawn[0] != drawn[1]
 
 
 def test_the_summary_takes_ratios_at_a_few_sizes(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvquant_compile
-from benchmarks.cases import FORMATS, GROUPS, Size
+from benchmarks.cases import DEFAULT, FORMATS, GROUPS, Format, Size
 from benchmarks.contenders import ours
 from benchmarks.decoders import CONTENDERS, Job
 from benchmarks.model_decode import effective_bits, weight_bytes
@@ -14,6 +14,8 @@ from benchmarks.models import random_llama
 from benchmarks.synthetic import fill_pages, filled_cache, random_artifact
 from kvquant_compile.codec.layout import PageLayout, unpack_keys, unpack_values
 from kvquant_compile.codec.spec import CodecSpec
+from kvquant_compile.lowering.recent import ring_span
+from kvquant_compile.recipes.choice import choose
 
 CPU = torch.device("cpu")
 
@@ -52,6 +54,21 @@ def test_a_filled_cache_decodes_and_has_room() -> None:
     assert cache.nbytes() == allocated
 
 
+def test_a_filled_ring_holds_the_last_tokens() -> None:
+    model = random_llama("tiny", CPU)
+    spec = CodecSpec(3, 3, 0, 0, True, 1, 16)
+    kvquant_compile.optimize(model, calibration=random_artifact(model, spec), progress=False)
+    cache = kvquant_compile.new_cache(model)
+    filled_cache(cache, 2, 150, 60)
+    for layer in cache.pages:
+        low, end = ring_span(layer.sinks)
+        assert (low.tolist(), end.tolist()) == ([134, 134], [150, 150])
+    with torch.no_grad():
+        logits = model(input_ids=torch.ones(2, 1).long(), past_key_values=cache).logits
+    assert logits.isfinite().all()
+    assert ring_span(cache.pages[0].sinks)[1].tolist() == [151, 151]
+
+
 @pytest.mark.parametrize("contender", ["ours", "dynamic"])
 def test_contenders_report_every_setting(contender: str) -> None:
     job = Job(contender, "tiny", ((1, 70), (2, 65)), 2, "cpu", CodecSpec(3, 3, 0, 0, False, 0))
@@ -62,8 +79,8 @@ def test_contenders_report_every_setting(contender: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
-def test_estimated_bits_are_the_layout_s(form: object) -> None:
-    spec = form.spec  # type: ignore[attr-defined]
+def test_estimated_bits_are_the_layout_s(form: Format) -> None:
+    spec = form.spec
     job = Job("ours", "llama-3-8b", ((1, 1),), 1, "cpu", spec)
     assert effective_bits(job) == PageLayout(spec, 8, 128, 128, 2).effective_bits
 
@@ -74,13 +91,20 @@ def test_estimated_weights_are_the_model_s() -> None:
     assert weight_bytes("tiny") == pytest.approx(actual, rel=0.01)
 
 
-def test_the_op_runs_on_every_set_of_a_case() -> None:
+@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
+def test_the_op_runs_on_every_set_of_a_case(form: Format) -> None:
     size = Size(4, 2, 70, dim=32)
-    contender = ours(FORMATS[1], size, CPU)
+    contender = ours(form, size, CPU)
     assert len(contender.calls) >= 3
     outputs = [call()[0] for call in contender.calls[:3]]
     assert all(x.isfinite().all() for x in outputs)
     assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_default_is_what_optimize_stores() -> None:
+    choice = choose(None, None)
+    assert DEFAULT.spec == choice.formats([0])[0]
+    assert len({form.name for form in FORMATS}) == len(FORMATS)
 
 
 def test_short_caches_are_rotated_past_the_l2_cache() -> None:
