@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.markdown import Record, markdown
@@ -19,6 +19,22 @@ def pareto(record: Record) -> str:
 def method(record: Record) -> str:
     """The same for kvquant+ and the method as published, on all windows that they have."""
     return "\n\n".join(_table(table) for table in record["method"])
+
+
+def at_equal_bytes(record: Record) -> str:
+    """All codecs by their bytes, in the shortest windows of every text."""
+    shortest = min(table["window"] for table in record["tables"])
+    tables = [table for table in record["tables"] if table["window"] == shortest]
+    texts = [{row["codec"]: row for row in table["rows"]} for table in tables]
+    common = [rows for rows in texts[0].values() if all(rows["codec"] in t for t in texts)]
+    head = ["codec", "effective bits"]
+    for table in tables:
+        name = NAMES.get(table["text"], table["text"])
+        head += [f"{name} ({table['windows']}): loss", "KL"]
+    return markdown(head, (
+        _across([rows[row["codec"]] for rows in texts])
+        for row in sorted(common, key=lambda r: (-r["effective_bits"], r["kl"]))
+    ))  # fmt: skip
 
 
 def calibrations(record: Record) -> str:
@@ -56,7 +72,7 @@ def _calibration(line: Mapping[str, Any]) -> list[str]:
 
 def _table(table: Mapping[str, Any]) -> str:
     """Codecs by width, the least divergence first."""
-    rows = sorted(table["rows"], key=lambda r: (-float(r["bits"] or 99), r["kl"]))
+    rows = sorted(table["rows"], key=lambda r: (-_width(r), r["kl"]))
     name = NAMES.get(table["text"], table["text"]).strip("*")
     title = (
         f"**{name}, {table['windows']} windows of {table['window']} tokens**, perplexity of the"
@@ -69,10 +85,26 @@ def _table(table: Mapping[str, Any]) -> str:
     return f"{title}\n\n{body}{left}"
 
 
+def _width(row: Mapping[str, Any]) -> float:
+    """By which a table is ordered: codes of keys and values in the mean, or a budget."""
+    return float(row["bits"].removeprefix("auto:") or 99)
+
+
+def _across(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A codec on several texts; * where it is on the front of all of them."""
+    scores = [cell for row in rows for cell in (_loss(row), _kl(row))]
+    best = all(row["best"] for row in rows)
+    return [_name(rows[0]) + " *" * best, f"{rows[0]['effective_bits']:.2f}", *scores]
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    ours = row["recipe"].partition("@")[0] == OURS
+    return f"**{row['codec']}**" if ours else str(row["codec"])
+
+
 def _codec(row: Mapping[str, Any]) -> list[str]:
-    name = f"**{row['codec']}**" if row["recipe"] == OURS else row["codec"]
     return [
-        name + " *" * row["best"], f"{row['effective_bits']:.2f}", _loss(row), _kl(row),
+        _name(row) + " *" * row["best"], f"{row['effective_bits']:.2f}", _loss(row), _kl(row),
         *_ratios(row),
     ]  # fmt: skip
 

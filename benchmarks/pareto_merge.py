@@ -156,7 +156,7 @@ def merged(folder: Path, least: int) -> dict[str, Any]:
     main = next(run["calibration"] for run in runs if run["given"])
     given = [s for s in scores if s.place.calibration == main]
     points = [[p for p in s.values if p.recipe != ORIGINAL] for s in given]
-    method = [[p for p in some if p.recipe in METHOD] for some in points]
+    method = [[p for p in some if p.recipe in METHOD and p.bits.isdigit()] for some in points]
     return {
         "environment": runs[0]["environment"],
         "model": runs[0]["model"],

@@ -216,6 +216,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "chunks": chunks,
     "pareto": accuracy_tables.pareto,
     "method": accuracy_tables.method,
+    "bytes": accuracy_tables.at_equal_bytes,
     "calibrations": accuracy_tables.calibrations,
     "calibrating": accuracy_tables.calibrating,
 }

@@ -1,4 +1,5 @@
-"""Value constants: evenly spaced tables over most of a token's range, and the feedback matrix.
+"""Value constants: evenly spaced tables over most of a token's range, static units of channels
+where they pay, and the feedback matrix.
 
 A table with a lower squared error is not better by itself: attention averages independent errors
 away, but levels pulled inwards shrink every token's largest elements, and that bias stays. So
@@ -9,6 +10,7 @@ the range goes by the width alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -23,7 +25,7 @@ from kvquant_compile.codec.values import dequantise_values, quantise_values, tok
 
 LLOYD_STEPS = 20
 CLIPS = tuple(part / 20 for part in range(20, 9, -1))
-CLIP_TOKENS = 4096
+LOSS_TOKENS = 4096
 # With few levels, a narrower grid serves the many elements inside better; measured.
 RANGE_BY_BITS = {1: 0.6, 2: 0.85, 3: 0.95}
 
@@ -43,6 +45,39 @@ def fit_values(
         spec: the layer's format.
         settings: ingredients.
     """
+    forms = (False, True) if settings.value_transform is None else (settings.value_transform,)
+    fits = [_fit(v, grad, spec, replace(settings, value_transform=form)) for form in forms]
+    if len(fits) == 1:
+        return fits[0]
+    best = torch.stack([expected_loss(v, grad, fit, spec) for fit in fits]).argmin(0)
+    heads = torch.arange(v.shape[0], device=v.device)
+    return {name: torch.stack([fit[name] for fit in fits], 1)[heads, best] for name in fits[0]}
+
+
+def expected_loss(
+    v: Tensor, grad: Tensor | None, constants: Mapping[str, Tensor], spec: CodecSpec
+) -> Tensor:
+    """What the errors of some values, as they are really coded, cost: float [H].
+
+    ``e' M e`` of the errors ``e``, with M the second moment of the gradients; without gradients
+    their squares.
+    """
+    some = v[None, :, :: max(1, -(-v.shape[1] // LOSS_TOKENS))]
+    none = torch.empty(0, device=v.device)
+    keys = {"key_table": none, "key_scale": none, "key_zero": none, "key_weight": none}
+    tables = LayerTables(**keys, **constants)
+    error = (dequantise_values(quantise_values(some, tables, spec), tables, spec) - some)[0]
+    return (error * (error if grad is None else error @ _moment(grad))).sum((1, 2))
+
+
+def _moment(grad: Tensor) -> Tensor:
+    return grad.transpose(1, 2) @ grad
+
+
+def _fit(
+    v: Tensor, grad: Tensor | None, spec: CodecSpec, settings: FitSettings
+) -> dict[str, Tensor]:
+    """Constants with the channel transform or without it for all heads."""
     gain, offset = _transform(v, settings)
     limit = table_limit(spec.value_bits)
     table = even_levels(2**spec.value_bits, limit).to(v.device).repeat(v.shape[0], 1)
@@ -64,21 +99,9 @@ def _narrowed(table: Tensor, part: float) -> Tensor:
 def _least_lossy(
     v: Tensor, grad: Tensor, table: Tensor, constants: dict[str, Tensor], spec: CodecSpec
 ) -> Tensor:
-    """The table int8 [H, L] over that part of the range (``CLIPS``) which costs a head least.
-
-    The loss is ``e' M e`` of the errors ``e`` of some tokens as they are really coded, with M the
-    second moment of the gradients.
-    """
-    moment = grad.transpose(1, 2) @ grad
-    some = v[None, :, :: max(1, -(-v.shape[1] // CLIP_TOKENS))]
-    none = torch.empty(0, device=v.device)
-    keys = {"key_table": none, "key_scale": none, "key_zero": none, "key_weight": none}
-    tried, losses = [], []
-    for part in CLIPS:
-        tables = LayerTables(**keys, **constants, value_table=_narrowed(table, part))
-        error = dequantise_values(quantise_values(some, tables, spec), tables, spec) - some
-        tried.append(tables.value_table)
-        losses.append((error[0] * (error[0] @ moment)).sum((1, 2)))
+    """The table int8 [H, L] over that part of the range (``CLIPS``) which costs a head least."""
+    tried = [_narrowed(table, part) for part in CLIPS]
+    losses = [expected_loss(v, grad, constants | {"value_table": t}, spec) for t in tried]
     best = torch.stack(losses).argmin(0)
     return torch.stack(tried, 1)[torch.arange(v.shape[0], device=v.device), best]
 

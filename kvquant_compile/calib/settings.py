@@ -20,7 +20,9 @@ class FitSettings:
             channels' deviations.
         stretch: part of the shrinkage of keys that is undone (Q-Norm): with 1, stored keys
             regressed on true ones have slope 1. More lowers perplexity, less the divergence.
-        value_transform: divide values by static per-channel deviations after centring.
+        value_transform: divide values by static per-channel deviations after centring; None: in
+            heads where that lowers the expected loss. A channel that is always large would take
+            the range of all tokens otherwise.
         value_range: part of a token's inlier range that the value table spans; None: searched
             for (``value_clip``), or by width.
         value_clip: search that part head by head for the least expected loss; needs gradients.
@@ -40,7 +42,7 @@ class FitSettings:
     scale_squared: bool = True
     refine: int = 6
     stretch: float = 0.5
-    value_transform: bool = False
+    value_transform: bool | None = None
     value_range: float | None = None
     value_clip: bool = True
     key_feedback: bool = True

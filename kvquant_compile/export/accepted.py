@@ -1,25 +1,57 @@
-"""Which optimised models can be exported, and the reason where not."""
+"""Which optimised models can be exported, in which form, and the reason where not."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.errors import OptionError
+from kvquant_compile.inspect.report import build_report
 from kvquant_compile.passes.rewrite import STEP_INPUTS
 from kvquant_compile.runtime.installed import Installed
+from kvquant_compile.runtime.program import build_program
 
 _NAMESPACES = ("aten", "prims", "kvquant")
 _TOKEN_INPUTS = ("hidden", "per_layer_inputs", "ids", "position_ids")
 
 
-def check_exportable(state: Installed) -> None:
-    """Refuse what an exported graph cannot do.
+def exportable(state: Installed) -> Installed:
+    """The model as it is exported: without a ring of exact last tokens, which one warning says.
+
+    What a ring holds is kept as the bits of integers among floats, which other runtimes need not
+    preserve. Its tokens are in the pages as well, which are the same with and without it.
 
     Raises:
-        OptionError: naming the reason.
+        OptionError: an exported graph cannot do what the model does; naming the reason.
     """
+    _check(state)
+    recent = max((layout.ring for layout in state.program.layouts), default=0)
+    if not recent:
+        return state
+    state.warn_once(
+        f"exported files keep no exact last tokens (recent_window={recent}): they read all tokens "
+        "but the first from their codes; pass recent_window=0 to optimize for a model that "
+        "computes what its file does"
+    )
+    return _without_ring(state)
+
+
+def _without_ring(state: Installed) -> Installed:
+    captured, layers = state.captured, state.layers
+    specs, tables = state.artifact.for_model(captured, layers)
+    plain = {i: replace(s, recent_tokens=0) for i, s in specs.items() if isinstance(s, CodecSpec)}
+    artifact = replace(state.artifact, specs=plain)
+    program = build_program(captured, layers, plain, tables)
+    report = build_report(captured, layers, program, state.report.validation, artifact)
+    return replace(state, program=program, artifact=artifact, report=report)
+
+
+def _check(state: Installed) -> None:
+    """Refuse what an exported graph cannot do."""
     program = state.program
     for layout in program.layouts:
         if not isinstance(layout, PageLayout):
@@ -29,11 +61,6 @@ def check_exportable(state: Installed) -> None:
             )
         if layout.lossless:
             raise _refusal("lossless pages hold raw floats", "Pass bits from 1 to 8.")
-        if layout.ring:
-            raise _refusal(
-                "what its ring of exact last tokens holds is the bits of integers among floats",
-                "Leave recent_window out.",
-            )
     if program.dtype is not torch.float32 or program.device.type != "cpu":
         raise _refusal(
             f"it computes in {program.dtype} on {program.device}",

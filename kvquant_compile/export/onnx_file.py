@@ -10,7 +10,7 @@ from torch import nn
 
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import OptionError
-from kvquant_compile.export.accepted import check_exportable
+from kvquant_compile.export.accepted import exportable
 from kvquant_compile.export.extras import need
 from kvquant_compile.export.function_ops import FunctionOps
 from kvquant_compile.export.onnx_functions import (
@@ -68,8 +68,7 @@ def export_onnx(
             why="bytes are taken apart with operators of opset 18, and tested up to 23",
             do=f"Pass {OLDEST_OPSET} to {NEWEST_OPSET}.",
         )
-    state = installed(model)
-    check_exportable(state)
+    state = exportable(installed(model))
     onnx_model = build_model(state, opset)
     return _save(onnx_model, Path(path), external_data)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kvquant_compile.errors import OptionError
-from kvquant_compile.export.accepted import check_exportable
+from kvquant_compile.export.accepted import exportable
 from kvquant_compile.export.codec_steps import run
 from kvquant_compile.export.function_ops import FunctionOps
 from kvquant_compile.export.native_ops import NativeOps
@@ -44,8 +44,7 @@ def export_pt2(model: nn.Module, path: str | Path, *, ops: str = "kvquant") -> P
     """
     if ops not in OPS:
         raise OptionError(f"ops={ops!r}", why=f"known are {', '.join(OPS)}", do="Pass one of them.")
-    state = installed(model)
-    check_exportable(state)
+    state = exportable(installed(model))
     implementation: CacheOps = NativeOps() if ops == "kvquant" else FunctionOps(run)
     with quiet():
         program = trace_step(StepModule(state, stores_of(state), implementation))

@@ -93,8 +93,10 @@ def choose(
     """
     options = (recipe, bits, slots, sinks, recent_window)
     asked = any(option is not None for option in options)
-    own = PUBLISHED_SLOTS if recipe == PUBLISHED and slots is None else slots
-    form = FormatOptions.make(bits, own, sinks, recent_window)
+    own: tuple[Slots | None, int | None] = slots, recent_window
+    if recipe == PUBLISHED:  # it has no exact last tokens
+        own = PUBLISHED_SLOTS if slots is None else slots, recent_window or 0
+    form = FormatOptions.make(bits, own[0], sinks, own[1])
     if recipe is None or recipe in (OURS, PUBLISHED):
         return Choice(str(recipe or OURS), form, None, asked)
     make = _maker(recipe)

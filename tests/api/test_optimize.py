@@ -93,11 +93,13 @@ def test_pairs_and_widths_by_layer(
 
 def test_slots_and_sinks_are_stored() -> None:
     plain, rich = (
-        kvquant_compile.optimize(tiny("llama"), 2, calibration=TEXT, slots=slots, sinks=sinks)
-        for slots, sinks in ((0, 0), (3, 5))
+        kvquant_compile.optimize(
+            tiny("llama"), 2, calibration=TEXT, slots=slots, sinks=sinks, recent_window=0
+        )
+        for slots, sinks in ((0, 0), ((3, 2), 5))
     )
     assert [x.slots for x in kvquant_compile.explain(plain).layers] == ["0+0", "0+0"]
-    assert [x.slots for x in kvquant_compile.explain(rich).layers] == ["3+3", "3+3"]
+    assert [x.slots for x in kvquant_compile.explain(rich).layers] == ["3+2", "3+2"]
     assert [kvquant_compile.explain(m).sinks for m in (plain, rich)] == [0, 5]
     expected = logits(tiny("llama"))
     exact = (quantised(rich) - expected)[:, :5].norm() / expected[:, :5].norm()
@@ -353,7 +355,9 @@ def test_new_cache_is_empty_and_usable(three: PreTrainedModel) -> None:
     assert cache.get_seq_length() == IDS.shape[1]
 
 
-@pytest.mark.parametrize("asked", [{"bits": 4}, {"slots": 2}, {"sinks": 3}], ids=str)
+@pytest.mark.parametrize(
+    "asked", [{"bits": 4}, {"slots": 1}, {"sinks": 3}, {"recent_window": 0}], ids=str
+)
 def test_asking_for_another_format_than_the_artifacts_is_refused(asked: dict[str, int]) -> None:
     tables = kvquant_compile.artifact(
         kvquant_compile.optimize(tiny("llama"), bits=3, calibration=TEXT)
@@ -362,5 +366,5 @@ def test_asking_for_another_format_than_the_artifacts_is_refused(asked: dict[str
         kvquant_compile.optimize(tiny("llama"), calibration=tables, **asked)
     model = kvquant_compile.optimize(tiny("llama"), calibration=tables)
     assert kvquant_compile.artifact(model).specs == tables.specs
-    agreed = kvquant_compile.optimize(tiny("llama"), bits=3, slots=1, calibration=tables)
+    agreed = kvquant_compile.optimize(tiny("llama"), bits=3, slots=(1, 0), calibration=tables)
     assert kvquant_compile.artifact(agreed).specs == tables.specs

@@ -47,7 +47,7 @@ def test_eval_prints_results_and_goes_on_from_them(
     run: Any, calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "64", "--limit", "2",
-               "--bits", "3,16", "--recipes", "kvquant+,bf16", "--windows", "4",
+               "--bits", "3,16", "--recipes", "kvquant+@r0,bf16", "--windows", "4",
                "--calibration", calibration, "--results", str(tmp_path / "results.json"),
                "--json")  # fmt: skip
     code, out, _ = run(*command)
@@ -57,11 +57,18 @@ def test_eval_prints_results_and_goes_on_from_them(
     found = {
         (r["identity"]["recipe"], r["identity"]["bits"]): r["value"] for r in record["results"]
     }
-    assert found.keys() == {("original", ""), ("kvquant+", "3"), ("kvquant+", "16"), ("bf16", "")}
+    assert found.keys() == {
+        ("original", ""),
+        ("kvquant+@r0", "3"),
+        ("kvquant+@r0", "16"),
+        ("bf16", ""),
+    }
     assert all(len(value["windows"]) == 2 for value in found.values())
     kl = {k: sum(w["kl"] for w in value["windows"]) for k, value in found.items()}
-    assert kl["kvquant+", "3"] > 1e-3 > kl["bf16", ""] > 1e-6 > abs(kl["kvquant+", "16"])
-    assert found["kvquant+", "3"]["cache_bytes"] < 0.3 * found["kvquant+", "16"]["cache_bytes"]
+    assert kl["kvquant+@r0", "3"] > 1e-3 > kl["bf16", ""] > 1e-6 > abs(kl["kvquant+@r0", "16"])
+    assert (
+        found["kvquant+@r0", "3"]["cache_bytes"] < 0.3 * found["kvquant+@r0", "16"]["cache_bytes"]
+    )
 
     monkeypatch.setattr("kvquant_compile.evaluate.source.prepare", None)
     assert run(*command)[:2] == (0, out)

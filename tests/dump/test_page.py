@@ -64,10 +64,10 @@ def test_ids_are_unique(page: Page) -> None:
 def test_all_there_is_to_say_is_said(folder: Path, page: Page) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     wanted = [
-        "LlamaForCausalLM (float32, cpu): 2 attention layers rewritten", "6.000", "5.33x",
+        "LlamaForCausalLM (float32, cpu): 2 attention layers rewritten", "5.250", "6.10x",
         *STAGES, *STAGES.values(), *MEANING.values(),
         "backbone.layers.0", "backbone.layers.1", "append (marker)", "kvquant::append",
-        "kvquant::attend", "k3v3 slots1/1", "k4v2 slots1/1", "calibrated tables", "packed pages",
+        "kvquant::attend", "k3v3 slots1/0", "k4v2 slots1/0", "calibrated tables", "packed pages",
         "Sensitivity by layer", "Outliers", "Levels over what they code, layer 1",
         "Range of every channel, layer 0", "expected loss, nats a token", "head 1",
         "R(a) R(b) = R(a + b)", "group law, largest residual", "keys stored", "before RoPE",

@@ -192,7 +192,7 @@ def test_the_paged_program_equals_the_simulation(
     ids = tokens(1, 150, seed=3)
     exact = original(source)(ids)
     for bits, slots, sinks in (((3, 2), 1, 1), ((4, 4), 0, 3)):
-        program = build(source, FormatOptions(bits, slots, sinks), OPTIONS)
+        program = build(source, FormatOptions(bits, slots, sinks, 0), OPTIONS)
         codec = Ours(made[-1].specs, made[-1].tables)
         simulated = fake_logits(source.captured, source.layers, codec)(ids)
         paged = program_logits(source.captured, program)[0](ids)
@@ -208,7 +208,7 @@ def test_the_paged_program_equals_the_simulation_without_rope_moved() -> None:
     with pytest.MonkeyPatch.context() as patch:
         fit = run.fit_artifact
         patch.setattr(run, "fit_artifact", lambda *a: made.append(fit(*a)) or made[-1])
-        program = build(source, FormatOptions(3), OPTIONS)
+        program = build(source, FormatOptions(3, recent_window=0), OPTIONS)
     ids = tokens(1, 100, seed=3)
     codec = Ours(made[0].specs, made[0].tables)
     simulated = fake_logits(source.captured, source.layers, codec)(ids)

@@ -37,7 +37,7 @@ def exported(model: Any, folder: Path, **options: Any) -> OnnxSession:
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
-    return kvquant_compile.optimize(tiny("llama"), 3, calibration=CALIBRATION)
+    return kvquant_compile.optimize(tiny("llama"), 3, calibration=CALIBRATION, recent_window=0)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,8 @@ def test_the_loop_in_the_docs(llama: Any, session: OnnxSession, folder: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", SLOW_TYPES)
 def test_architectures(model_type: str, tmp_path: Path) -> None:
-    model = kvquant_compile.optimize(tiny(model_type), 3, calibration=CALIBRATION)
+    options = {"calibration": CALIBRATION, "recent_window": 0}
+    model = kvquant_compile.optimize(tiny(model_type), 3, **options)
     session, ids = exported(model, tmp_path), tokens(2, 70)
     whole = assert_same_text(model, session, ids, torch.ones_like(ids))
     assert logit_error(model, session, whole, 70) < 1e-4
@@ -298,7 +299,7 @@ def test_options(llama: Any, options: dict[str, Any], tmp_path: Path) -> None:
 def test_mixed_widths_slots_sinks_and_a_quantised_step(tmp_path: Path) -> None:
     model = kvquant_compile.optimize(
         tiny("llama"), {0: (5, 2), 1: (2, 8)}, calibration=CALIBRATION, slots=2, sinks=4,
-        attend_quantized=True,
+        attend_quantized=True, recent_window=0,
     )  # fmt: skip
     session, ids = exported(model, tmp_path), tokens(2, 70)
     whole = assert_same_text(model, session, ids, torch.ones_like(ids))
@@ -316,7 +317,9 @@ def test_a_trained_model(shared: Path, tmp_path: Path) -> None:
     text = (shared / "data" / "wikitext2_test.txt").read_text(encoding="utf-8")
     ids = tokenizer(text[:400], return_tensors="pt", add_special_tokens=False).input_ids
     calibration = (shared / "data" / "calibration.txt").read_text(encoding="utf-8")[:200_000]
-    kvquant_compile.optimize(model, 3, calibration=calibration, tokenizer=tokenizer, windows=8)
+    kvquant_compile.optimize(
+        model, 3, calibration=calibration, tokenizer=tokenizer, windows=8, recent_window=0
+    )
     session = exported(model, tmp_path)
     assert (tmp_path / "model.onnx.data").exists()
     whole = assert_same_text(model, session, ids, torch.ones_like(ids))

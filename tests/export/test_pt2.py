@@ -26,7 +26,7 @@ NEW = 20
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
-    return kvquant_compile.optimize(tiny("llama"), 3, calibration=CALIBRATION)
+    return kvquant_compile.optimize(tiny("llama"), 3, calibration=CALIBRATION, recent_window=0)
 
 
 def empty(model: Any, batch: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -68,9 +68,20 @@ def test_our_ops(llama: PreTrainedModel, tmp_path: Path) -> None:
     assert {"kvquant.append.default", "kvquant.attend.default"} <= names
 
 
+def test_exact_last_tokens_stay_behind_and_a_warning_says_so(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = kvquant_compile.optimize(tiny("llama"), 3, calibration=CALIBRATION)
+    with pytest.warns(UserWarning, match=r"no exact last tokens \(recent_window=16\)"):
+        path = export_pt2(model, tmp_path / "model.pt2")
+    check(llama, load_pt2(path))  # of the same tables
+
+
 def test_a_hand_written_decoder_takes_no_mask(tmp_path: Path) -> None:
     model, ids = decoder("SdpaDecoder").eval(), tokens(2, 9)
-    kvquant_compile.optimize(model, 3, calibration=CALIBRATION, example_inputs=(ids, None))
+    kvquant_compile.optimize(
+        model, 3, calibration=CALIBRATION, example_inputs=(ids, None), recent_window=0
+    )
     step, cache = load_pt2(export_pt2(model, tmp_path / "model.pt2")), empty(model, 2)
     with torch.no_grad():
         first, past = model(ids, None)

@@ -44,7 +44,7 @@ def test_every_part_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
                    "INFO rewritten: 2 layers"],
         "calib": ["INFO observed 256 tokens in 4 windows, given",
                   "DEBUG layer 1: LayerTables(2 heads x 16/16, 16/4 levels"],
-        "lowering": ["DEBUG layer 0: k3v3 slots1/1", "DEBUG layer 1: k4v2 slots1/1"],
+        "lowering": ["DEBUG layer 0: k3v3 slots1/0", "DEBUG layer 1: k4v2 slots1/0"],
         "runtime": ["DEBUG lossless rewrite, through pages, 70 tokens after 8: relative error",
                     "INFO LlamaForCausalLM runs Program(2 layers k3v3/k4v2",
                     "INFO LlamaForCausalLM runs as it was"],

@@ -31,14 +31,14 @@ def test_geometry_and_formats(report: Report) -> None:
              x.value_bits, x.slots, x.rope, x.window, x.softcap)
             for x in report.layers]  # fmt: skip
     assert seen == [
-        (0, 4, 2, 16, 16, 3, 3, "1+1", "half 16", 0, 0.0),
-        (1, 4, 2, 16, 16, 4, 2, "1+1", "half 16", 0, 0.0),
+        (0, 4, 2, 16, 16, 3, 3, "1+0", "half 16", 0, 0.0),
+        (1, 4, 2, 16, 16, 4, 2, "1+0", "half 16", 0, 0.0),
     ]
 
 
 def test_the_bytes_add_up_by_hand(report: Report) -> None:
-    # 16 channels at 3 + 3 or 4 + 2 bits; a key scale; value scale and zero; two slots of 1 + 2.
-    per_head = 16 * 6 / 8 + 2 + 4 + 2 * 3
+    # 16 channels at 3 + 3 or 4 + 2 bits; a key scale; value scale and zero; a slot of 1 + 2.
+    per_head = 16 * 6 / 8 + 2 + 4 + 3
     assert [x.bytes_per_token for x in report.layers] == [2 * per_head] * 2
     assert report.bytes_per_token == 4 * per_head
     assert report.effective_bits == 8 * per_head / 32
@@ -77,7 +77,7 @@ def test_the_dict_is_json_and_complete(report: Report) -> None:
 def test_the_text_shows_every_kind_of_layer(report: Report) -> None:
     text = str(report)
     for part in ("LlamaForCausalLM (float32, cpu): 2 attention layers rewritten",
-                 "6.000 effective bits", "5.33x smaller", "3/3", "4/2", "half 16", "symbolic",
+                 "5.250 effective bits", "6.10x smaller", "3/3", "4/2", "half 16", "symbolic",
                  "causal", "source given, windows 4, tokens 256, seed 0"):  # fmt: skip
         assert part in text
 

@@ -34,9 +34,9 @@ def test_reprs_are_one_short_line_each(model: Any) -> None:
         "LayerTables(4 heads x 16/16, 16/4 levels, ": state.artifact.tables[1],
         "Installed(Program(2 layers": state,
         "QuantizedCache(2 layers k3v3/k4v2, batch 2, 12 tokens, ": cache,
-        "QuantizedLayer(k4v2 slots1/1 scale1 sink1 heads4 dim16/16 raw4, 1 slabs, ": cache.layers[
-            1
-        ],
+        "QuantizedLayer(k4v2 slots1/0 scale1 sink1 heads4 dim16/16 raw4 recent16, 1 slabs, ": (
+            cache.layers[1]
+        ),
     }
     for start, value in wanted.items():
         text = repr(value)

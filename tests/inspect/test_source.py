@@ -34,8 +34,8 @@ def only(model: object, layer: int) -> dict[str, str]:
 
 def test_the_source_is_the_layer_s_own(model: object) -> None:
     first, second = only(model, 0), only(model, 1)
-    assert list(first) == ["history_k3v3_d16x16_rope1_slots11_n8_scaled"]
-    assert list(second) == ["history_k4v2_d16x16_rope1_slots11_n8_scaled"]
+    assert list(first) == ["history_k3v3_d16x16_rope1_slots10_n8_scaled_recent16"]
+    assert list(second) == ["history_k4v2_d16x16_rope1_slots10_n8_scaled_recent16"]
 
 
 def test_the_source_is_whole_and_what_is_compiled(model: object) -> None:
@@ -104,7 +104,7 @@ def test_a_cpu_s_own_kernel_is_shown_where_it_runs(
     monkeypatch.setattr(dispatch, "refusal", lambda layout: "")
     ((name, text),) = only(model, 1).items()
     assert name.startswith("attend_k4v2_d16x16")
-    assert text.startswith("// Generated: attention over k4v2 slots1/1")
+    assert text.startswith("// Generated: attention over k4v2 slots1/0")
     assert 'extern "C"' in text
     report = str(kvquant_compile.explain(model, layer=1, source=True))
     assert f"// layer 1: {name}" in report

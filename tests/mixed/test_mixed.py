@@ -48,7 +48,8 @@ def source(model: str = "llama") -> Source:
 @functools.cache
 def fitted(recipe: str | None = None, model: str = "llama") -> Fitted:
     captured, layers, observed = source(model)
-    choice = choose(recipe, 3)
+    # What is simulated has no ring; a recipe of blocks cannot be asked for one.
+    choice = choose(recipe, 3, recent_window=0 if recipe is None else None)
     layers = stored_layers(layers, choice.formats([0, 1]))
     options = choice.calibration(OPTIONS)
     if layers[0].plan.kept is not None:
