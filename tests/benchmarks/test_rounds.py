@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks import decode_row
+from benchmarks.cases import GROUPS
 from benchmarks.contenders import Contender
+from benchmarks.decode_attention import compile_tasks
 from benchmarks.rounds import LAST, Schedule, alternate, order, sustained
 
 CPU = torch.device("cpu")
@@ -114,3 +116,12 @@ def test_a_row_takes_the_fastest_setting_and_keeps_errors(monkeypatch: Any) -> N
         assert len(result["rounds_us"]) == SCHEDULE.rounds
         assert result["cache_bytes"] == nbytes
         assert result["sustained_us"] > 0
+
+
+def test_our_kernels_are_compiled_once_for_sizes_that_share_them() -> None:
+    sizes = [size for group in GROUPS.values() for size in group]
+    names = ["cudnn bf16", "flex bf16", "fp8", "2 bit"]
+    tasks = compile_tasks(names, sizes)
+    assert [name for name, _ in tasks] == ["flex bf16"] * 18 + ["fp8"] * 18 + ["2 bit"] * 4
+    assert {(s.query_heads, s.kv_heads, s.dim) for n, s in tasks if n == "2 bit"} == {
+        (32, 8, 128), (32, 32, 128), (64, 8, 128), (16, 8, 256)}  # fmt: skip
