@@ -138,6 +138,7 @@ class _Probe:
             found = allocated(step, self.state.program.device)
         states = recurrent_bytes(cache.states)
         self.states = states // self.batch
+        cache.reset()  # it refers to itself, and would stay until the next collection
         return Allocated(found.peak - states, found.kept - states)
 
     def _cache(self) -> QuantizedCache:
