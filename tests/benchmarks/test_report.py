@@ -156,3 +156,14 @@ def test_other_tables(kind: str, name: str, tmp_path: Path) -> None:
     }
     assert expected[name] in text
     assert name != "c" or "3 kernels compiled for 32 layers." in text
+
+
+def test_a_chunk_that_failed_leaves_the_others(tmp_path: Path) -> None:
+    row = {"chunk": 2048, "history": 0, "flash bf16": {"us": 3000.0}, "cudnn bf16": {"us": 2000.0},
+           "3 bits, plain": {"us": 2500.0}, "3 bits, default": {"error": "no"}}  # fmt: skip
+    broken = row | {"flash bf16": {"error": "no"}}
+    record = {"environment": DECODE["environment"], "rows": [row, broken, {"dequantise": "x"}]}
+    (tmp_path / "k.json").write_text(json.dumps(record))
+    text = report.section("chunks", "k", tmp_path)
+    assert "| 2,048 over 0 | 3.00 | 2.00 | 2.50 · 1.20x · 0.80x | failed |" in text
+    assert "| 2,048 over 0 | failed | 2.00 | 2.50 · 0.80x | failed |" in text
