@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import decode_row
-from benchmarks.cases import GROUPS
+from benchmarks.cases import Size
 from benchmarks.contenders import Contender
 from benchmarks.decode_attention import compile_tasks
 from benchmarks.rounds import LAST, Schedule, alternate, order, sustained
@@ -118,10 +118,11 @@ def test_a_row_takes_the_fastest_setting_and_keeps_errors(monkeypatch: Any) -> N
         assert result["sustained_us"] > 0
 
 
-def test_our_kernels_are_compiled_once_for_sizes_that_share_them() -> None:
-    sizes = [size for group in GROUPS.values() for size in group]
-    names = ["cudnn bf16", "flex bf16", "fp8", "2 bit"]
-    tasks = compile_tasks(names, sizes)
-    assert [name for name, _ in tasks] == ["flex bf16"] * 18 + ["fp8"] * 18 + ["2 bit"] * 4
-    assert {(s.query_heads, s.kv_heads, s.dim) for n, s in tasks if n == "2 bit"} == {
-        (32, 8, 128), (32, 32, 128), (64, 8, 128), (16, 8, 256)}  # fmt: skip
+def test_what_takes_longest_is_compiled_first() -> None:
+    small, large = Size(4, 2, 64), Size(4, 2, 128)
+    tasks = compile_tasks(["cudnn bf16", "flex bf16", "fp8", "2 bit"], [small, large])
+    assert tasks == [
+        ("flex bf16", small), ("flex bf16", large),
+        ("fp8", small), ("2 bit", small), ("fp8", large), ("2 bit", large),
+    ]  # fmt: skip
+    assert compile_tasks(["flash bf16"], [small]) == []
