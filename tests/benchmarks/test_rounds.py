@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,7 +107,10 @@ def test_a_row_takes_the_fastest_setting_and_keeps_errors(monkeypatch: Any) -> N
 
     makers = {"a": variants, "b": never, "c": lambda *_: Contender([wait(10)], 7)}
     monkeypatch.setattr(decode_row, "makers", lambda: makers)
-    row = decode_row.measure(list(makers), None, CPU, SCHEDULE)  # type: ignore[arg-type]
+    size: Any = None
+    short = decode_row.measure(list(makers), size, CPU, replace(SCHEDULE, sustained_from=1.0))
+    assert "sustained_us" not in short["c"]
+    row = decode_row.measure(list(makers), size, CPU, replace(SCHEDULE, sustained_from=0.0))
     assert row["a"]["setting"] == "fast"
     assert row["a"]["failed_settings"] == ("broken: ValueError: not here",)
     assert row["b"] == {"error": "NoSettingRuns: ValueError: not here"}
