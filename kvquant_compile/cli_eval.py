@@ -62,9 +62,7 @@ def evaluate(
     ] = "4,3,2",
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Use only the first windows.")] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Windows of one pass: several are faster on a GPU.")
-    ] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of one pass; a GPU likes more.")] = 1,
     calibration: Annotated[
         Path | None, typer.Option(help="Text file; default: the model samples its own text.")
     ] = None,
