@@ -1,9 +1,10 @@
 """Time of ``kvquant::append`` on a CUDA device, against torch and against a copy.
 
-    python -m benchmarks.append_speed [--warps 4] [--single 256] [--no-torch] [--bits 3]
+    python -m benchmarks.append_speed --no-torch --out docs/results/append-h200.json
 
 One JSON line for each size: microseconds a layer from a call (``launched``), in a CUDA graph
-(``graph``), of the torch path, and of copying the same keys and values in the model's dtype.
+(``graph``), of the torch path, and of copying the same keys and values in the model's dtype. The
+format is the default one, with error feedback.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 from triton.testing import do_bench, do_bench_cudagraph
 
-from kvquant_compile.codec.feedback import STAGE_CHANNELS
-from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
+from benchmarks.measure import environment, save
+from benchmarks.synthetic import tables_with_feedback
+from kvquant_compile.codec.spec import PAGE_TOKENS
+from kvquant_compile.config import FormatOptions
 from kvquant_compile.lowering.append import append as torch_append
 from kvquant_compile.lowering.constants import lower_layer
 from kvquant_compile.lowering.triton import append as kernels
 from kvquant_compile.plan import AttendPlan, LayerPlan
 from tests.lowering.reference import half_rope
-from tests.triton.cases import random_tables
 
 CUDA = torch.device("cuda")
 HEADS, DIM = 8, 128
@@ -33,18 +36,15 @@ SIZES = [(1, 1), (32, 1), (1, 16), (1, 128), (1, 512), (1, 2048), (1, 32768)]
 def arguments(bits: int, batch: int, steps: int) -> tuple:
     """Arguments of append for a step after 1000 tokens of every sequence."""
     g = torch.Generator().manual_seed(0)
-    spec = CodecSpec(bits, bits, 1, 1, True, 1)
+    spec = FormatOptions(bits).spec(0)
     plan = LayerPlan(0, HEADS, DIM, DIM, half_rope(DIM, DIM), (AttendPlan(HEADS, DIM**-0.5),))
-    tables = random_tables(spec, HEADS, DIM, DIM, g)
+    tables = tables_with_feedback(spec, HEADS, DIM, g)
     constants = lower_layer(plan, spec, tables, torch.float16, CUDA)
     fields, geometry = constants.arguments()
-    stage = torch.arange(DIM, device=CUDA) // STAGE_CHANNELS
-    for at in (-2, -1):
-        matrix = torch.randint(-20, 21, (HEADS, DIM, DIM), device=CUDA)
-        fields[at] = (matrix * (stage[:, None] < stage)).to(torch.int8)
+    layout = constants.layout
     start = 1000 if steps < PAGE_TOKENS else 0
     pages = -(-(start + steps) // PAGE_TOKENS)
-    shape = (batch * pages, HEADS, constants.layout.page_bytes)
+    shape = (batch * pages, HEADS, layout.page_bytes)
     slab = torch.zeros(shape, dtype=torch.uint8, device=CUDA)
     table = torch.arange(batch * pages, dtype=torch.int32, device=CUDA).view(batch, pages)
     slots = start + torch.arange(steps, dtype=torch.int32, device=CUDA).repeat(batch, 1)
@@ -52,9 +52,9 @@ def arguments(bits: int, batch: int, steps: int) -> tuple:
         torch.randn(batch, steps, HEADS, DIM, device=CUDA, dtype=torch.float16).transpose(1, 2)
         for _ in "kv"
     )
-    sinks = torch.zeros(batch, HEADS, 1, 2 * DIM, device=CUDA, dtype=torch.float16)
-    format = str(constants.layout)
-    return key, value, slots, table, [slab], sinks, fields, geometry, format
+    rows = (batch, HEADS, layout.exact_rows, layout.exact_width)
+    sinks = torch.zeros(rows, device=CUDA, dtype=torch.float16)
+    return key, value, slots, table, [slab], sinks, fields, geometry, str(layout)
 
 
 def microseconds(call: Callable[[], object], graph: bool = False) -> float:
@@ -84,22 +84,24 @@ def row(bits: int, batch: int, steps: int, torch_path: bool) -> dict[str, object
 
 
 def main() -> None:
-    """Print a JSON line a size, and first what ran it."""
+    """Print a JSON line a size, and write them all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--warps", type=int, help="warps of a program of sixteen tokens")
     parser.add_argument("--single", type=int, help="longest step of programs of one token")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--no-torch", action="store_true", help="leave the torch path out")
+    parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args()
     if options.warps:
         kernels.WARPS[kernels.GROUP_TOKENS] = options.warps
     if options.single is not None:
         kernels.SINGLE_STEPS = options.single
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    print(json.dumps({"device": torch.cuda.get_device_name(), **versions, "unit": "microseconds"}))
+    record: dict[str, Any] = {"environment": environment(), "unit": "microseconds", "rows": []}
     for bits in options.bits:
         for batch, steps in SIZES:
-            print(json.dumps(row(bits, batch, steps, not options.no_torch)), flush=True)
+            record["rows"].append(row(bits, batch, steps, not options.no_torch))
+            print(json.dumps(record["rows"][-1]), flush=True)
+            save(options.out, record)
 
 
 if __name__ == "__main__":

@@ -76,13 +76,15 @@ def measure(
             errors[name] = failure(error)
     times, late = alternate({name: e.run for name, e in entrants.items()}, schedule)
     errors |= late
+    slowest = max(map(statistics.median, times.values()), default=0.0)
+    alone = schedule.sustained_seconds > 0 and slowest >= schedule.sustained_from
     results: dict[str, dict[str, Any]] = {}
     for name in names:
         if name in errors:
             results[name] = {"error": errors[name]}
             continue
         results[name] = _result(entrants[name], times[name])
-        if schedule.sustained_seconds:
+        if alone:
             results[name] |= _alone(entrants[name].run, schedule)
     return results
 

@@ -16,7 +16,9 @@ import json
 import multiprocessing
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +63,13 @@ def _failed(job: Job, error: str) -> dict[str, Any]:
             "error": error}  # fmt: skip
 
 
-def run_wave(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Rows of jobs that fit on the device together."""
+def run_wave(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    """Rows of jobs that fit on the device together, as they come."""
     context = multiprocessing.get_context("spawn")
     ready, turn, rows = context.Barrier(len(jobs)), context.Lock(), context.Queue()
     processes = {context.Process(target=work, args=(job, ready, turn, rows)): job for job in jobs}
     for process in processes:
         process.start()
-    out: list[dict[str, Any]] = []
     left, dead = len(jobs), set()
     while left:
         try:
@@ -78,16 +79,14 @@ def run_wave(jobs: Sequence[Job]) -> list[dict[str, Any]]:
             for process in fallen:  # by the system, or it would have reported
                 ready.abort()
                 dead.add(process)
-                out.append(_failed(processes[process], f"exit code {process.exitcode}"))
+                yield _failed(processes[process], f"exit code {process.exitcode}")
             left -= len(fallen)
             continue
         left -= row is None
         if row is not None:
-            print(row, flush=True)
-            out.append(row)
+            yield row
     for process in processes:
         process.join()
-    return out
 
 
 def waves(jobs: Sequence[Job], budget: float) -> list[list[Job]]:
@@ -158,17 +157,21 @@ def main() -> None:
         jobs += [job(contender, g) for g in ([[s] for s in settings] if apart else [settings])]
     record = {
         "environment": environment() | {"transformers_caches": list(backends())},
-        "steps": args.steps, "format": args.format, "rows": [],
+        "steps": args.steps, "format": args.format, "spec": asdict(spec),
+        "notes": ["random tables with error feedback"], "rows": [],
     }  # fmt: skip
     if args.append and args.out and args.out.exists():
         record["rows"] = json.loads(args.out.read_text())["rows"]
     budget = 1e18
     if args.device == "cuda":
         budget = 0.94 * torch.cuda.get_device_properties(0).total_memory
+    start = time.perf_counter()
     for wave in waves(jobs, budget):
         print("wave:", [(j.contender, j.settings) for j in wave], flush=True)
-        record["rows"] += run_wave(wave)
-        save(args.out, record)
+        for row in run_wave(wave):
+            print(f"{time.perf_counter() - start:.0f} s: {row}", flush=True)
+            record["rows"].append(row)
+            save(args.out, record)
     Console(width=args.width).print(render(record["rows"]))
 
 

@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from benchmarks.cases import DEFAULT, plain
 from benchmarks.measure import Call, environment, failure, graph_seconds, save, wall_seconds
-from benchmarks.synthetic import fill_pages
+from benchmarks.synthetic import fill_exact, fill_pages
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
 from kvquant_compile.lowering.attend import CacheView, Site
@@ -44,8 +45,8 @@ HEADS, REP, DIM = 8, 4, 128
 SCALE = DIM**-0.5
 DTYPE = torch.bfloat16
 FORMATS = {
-    "3 bits, default": CodecSpec(3, 3, 1, 1, True, 1),
-    "3 bits, plain": CodecSpec(3, 3, 0, 0, False, 0),
+    "3 bits, default": DEFAULT.spec,
+    "3 bits, plain": plain(3),
 }
 SITES = {
     "": Site(SCALE, 0.0, 0, None),
@@ -88,9 +89,12 @@ def random_cache(spec: CodecSpec, size: Size, device: torch.device) -> CacheView
     layout = constants.layout
     count = -(-(size.chunk + size.history) // PAGE_TOKENS)
     pages = torch.empty(count, HEADS, layout.page_bytes, dtype=torch.uint8, device=device)
-    fill_pages(pages, layout, torch.Generator(device).manual_seed(1))
+    generator = torch.Generator(device).manual_seed(1)
+    fill_pages(pages, layout, generator)
     where: dict[str, Any] = {"device": device, "dtype": torch.int32}
-    sinks = torch.randn(1, HEADS, spec.sink_tokens, 2 * DIM, device=device, dtype=DTYPE)
+    rows = (1, HEADS, layout.exact_rows, layout.exact_width)
+    sinks = torch.empty(rows, device=device, dtype=DTYPE)
+    fill_exact(sinks, layout, size.chunk + size.history, generator)
     arguments, geometry = constants.arguments()
     return CacheView(
         torch.arange(count, **where)[None], torch.arange(count * PAGE_TOKENS, **where)[None],
@@ -194,7 +198,8 @@ def measure(size: Size, device: torch.device) -> dict[str, Any]:
             row[name] = {"us": time * 1e6, "teraflops": size.operations / time / 1e12}
         except Exception as error:
             row[name] = {"error": failure(error)}
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     times = [row[n]["us"] for n in ("flash bf16", "cudnn bf16") if "us" in row[n]]
     for name in FORMATS:
         if "us" in row[name] and "us" in row["flash bf16"]:
@@ -225,7 +230,7 @@ def main() -> None:
         for history in args.history:
             rows.append(measure(Size(chunk, history), device))
             print(json.dumps(rows[-1]), flush=True)
-    save(args.out, {"environment": environment(), "rows": rows})
+            save(args.out, {"environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def main() -> None:
     """Every length in turn."""
     args = _arguments()
     record: dict[str, Any] = {
-        "environment": environment(), "shape": args.shape, "format": args.format, "rows": [],
+        "environment": environment(), "shape": args.shape, "format": args.format,
+        "notes": ["random tables with error feedback"], "rows": [],
     }  # fmt: skip
     table = Table(title=f"time to first token, {args.shape}", title_justify="left")
     for name in ("tokens", "batch", "contender", "seconds", "peak GB", "note"):

@@ -188,18 +188,33 @@ def compiling(record: Record) -> str:
     return f"{table}\n\n{count} kernels compiled for {record['layers']} layers."
 
 
+def appending(record: Record) -> str:
+    """Microseconds of one layer's append, beside a plain copy of the same tokens."""
+    lines = (
+        [f"{row['batch']} x {row['tokens']:,}", str(row["bits"]), f"{row['graph']:,.1f}",
+         f"{row['launched']:,.1f}", f"{row['copy, graph']:,.1f}"]
+        for row in record["rows"]
+    )  # fmt: skip
+    head = ["sequences x new tokens", "bits", "in a graph", "launched", "a copy, in a graph"]
+    return markdown(head, lines)
+
+
 def chunks(record: Record) -> str:
     """Milliseconds of a chunk's attention over a quantised history, and shares of 16-bit speed."""
+    dense = ("flash bf16", "cudnn bf16")
+
+    def cell(result: Record, flash: float, best: float) -> str:
+        if "us" not in result:
+            return "failed"
+        ratios = (f"{peer / result['us']:.2f}x" for peer in (flash, best) if peer)
+        return " · ".join([f"{result['us'] / 1e3:.2f}", *ratios])
+
     lines = []
     for row in (r for r in record["rows"] if "chunk" in r):
-        flash, best = (
-            row["flash bf16"]["us"],
-            min(row[p]["us"] for p in ("flash bf16", "cudnn bf16")),
-        )
-        cells = [f"{row[p]['us'] / 1e3:.2f}" for p in ("flash bf16", "cudnn bf16")]
-        for name in ("3 bits, plain", "3 bits, default"):
-            us = row[name]["us"]
-            cells.append(f"{us / 1e3:.2f} · {flash / us:.2f}x · {best / us:.2f}x")
+        times = [row[p]["us"] for p in dense if "us" in row[p]]
+        flash, best = row["flash bf16"].get("us", 0.0), min(times, default=0.0)
+        cells = [cell(row[p], 0.0, 0.0) for p in dense]
+        cells += [cell(row[n], flash, best) for n in ("3 bits, plain", "3 bits, default")]
         lines.append([f"{row['chunk']:,} over {row['history']:,}", *cells])
     head = ["chunk over history", "flash bf16", "cudnn bf16", "3 bit", "3 bit default"]
     return markdown(head, lines)
@@ -213,6 +228,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "model": model,
     "prefill": prefill,
     "compile": compiling,
+    "append": appending,
     "chunks": chunks,
     "pareto": accuracy_tables.pareto,
     "method": accuracy_tables.method,

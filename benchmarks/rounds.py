@@ -31,12 +31,15 @@ class Schedule:
         warm: rounds before them, which bring the device to its clock.
         slice_seconds: of one contender in one round.
         sustained_seconds: of one contender alone, after the rounds; 0 for none.
+        sustained_from: seconds of the slowest call from which contenders also run alone: below,
+            the device is not at its power limit.
     """
 
     rounds: int = 5
     warm: int = 1
     slice_seconds: float = 0.02
     sustained_seconds: float = 0.3
+    sustained_from: float = 100e-6
 
 
 def order(names: Sequence[str], number: int) -> list[str]:

@@ -1,7 +1,9 @@
-"""Caches filled with random bytes and sensible scales, so that no prefill is needed."""
+"""Caches filled with random bytes and sensible scales, so that no prefill is needed, and random
+constants for them, so that no calibration is."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 
 from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.fingerprint import fingerprint
+from kvquant_compile.codec.feedback import STAGE_CHANNELS
 from kvquant_compile.codec.layout import PageLayout, padded
-from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
+from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec, LayerTables
 from kvquant_compile.runtime.cache import QuantizedCache
 from tests.triton.cases import random_tables
 
@@ -86,6 +89,24 @@ def filled_cache(cache: QuantizedCache, batch: int, tokens: int, room: int, seed
         fill_exact(layer.sinks, layer.layout, tokens, generator)
 
 
+def tables_with_feedback(
+    spec: CodecSpec, heads: int, dim: int, generator: torch.Generator
+) -> LayerTables:
+    """Random tables of a layer whose coding errors move later channels, as calibrated ones have
+    them; ``generator`` is the CPU's."""
+    return replace(
+        random_tables(spec, heads, dim, dim, generator),
+        key_feedback=_feedback(heads, padded(dim), generator),
+        value_feedback=_feedback(heads, dim, generator),
+    )
+
+
+def _feedback(heads: int, dim: int, generator: torch.Generator) -> Tensor:
+    matrix = torch.randint(-20, 21, (heads, dim, dim), generator=generator)
+    stage = torch.arange(dim) // STAGE_CHANNELS
+    return (matrix * (stage[:, None] < stage)).to(torch.int8)
+
+
 def random_artifact(model: nn.Module, spec: CodecSpec, seed: int = 0) -> Artifact:
     """Tables that fit a transformers decoder's geometry and nothing else: for speed only."""
     config: Any = model.config
@@ -93,7 +114,7 @@ def random_artifact(model: nn.Module, spec: CodecSpec, seed: int = 0) -> Artifac
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     generator = torch.Generator().manual_seed(seed)
     layers = range(config.num_hidden_layers)
-    tables = {i: random_tables(spec, heads, dim, dim, generator) for i in layers}
+    tables = {i: tables_with_feedback(spec, heads, dim, generator) for i in layers}
     return Artifact(
         dict.fromkeys(layers, spec),
         tables,

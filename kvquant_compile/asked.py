@@ -12,7 +12,7 @@ from kvquant_compile.capture.captured import Captured
 from kvquant_compile.checks import check_asked, given_artifact
 from kvquant_compile.codec.algebra import Recipe
 from kvquant_compile.codec.formats import Format
-from kvquant_compile.config import Bits
+from kvquant_compile.config import Bits, Slots
 from kvquant_compile.mixed.choose import calibrate_mixed
 from kvquant_compile.mixed.request import MixedBits
 from kvquant_compile.observer import Observer
@@ -44,7 +44,7 @@ class Asked:
         budget: float | str | None,
         allocation: str,
         recipe: str | Recipe | Callable[..., Recipe] | None,
-        exact: tuple[int | None, int | None, int | None],
+        exact: tuple[Slots | None, int | None, int | None],
         data: Any,
         tokenizer: Any,
     ) -> Asked:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,18 @@ from rich.console import Console
 
 from kvquant_compile.cli_eval import evaluate
 from kvquant_compile.cli_memory import show_memory
+from kvquant_compile.cli_options import (
+    BitsOption,
+    BudgetOption,
+    CalibrationOption,
+    DtypeOption,
+    DumpOption,
+    JsonOption,
+    ModelOption,
+    OneFormatOption,
+    WindowsOption,
+    table_console,
+)
 from kvquant_compile.config import FormatOptions
 from kvquant_compile.errors import KVQuantError, OptionError
 from kvquant_compile.loading import load_model, load_tokenizer
@@ -21,29 +32,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-ModelOption = Annotated[str, typer.Option("--model", help="Model folder or hub id.")]
-BitsOption = Annotated[str, typer.Option("--bits", help="Widths, comma separated.")]
-OneFormatOption = Annotated[
-    str | None,
-    typer.Option("--bits", help="A width, key,value, 2.5, or auto with --budget; default: 3, or "
-                 "the artifact's."),
-]  # fmt: skip
-BudgetOption = Annotated[
-    str | None, typer.Option("--budget", help="For --bits auto: effective bits, or 900B a token.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option("--calibration", help="Text file, or artifact (*.safetensors); default: the "
-                 "model samples its own text."),
-]  # fmt: skip
-WindowsOption = Annotated[int | None, typer.Option(help="Calibration windows.")]
-DumpOption = Annotated[
-    Path | None,
-    typer.Option("--dump", help="Folder for graphs after every pass, plots, and an index.html."),
-]
 
 
 def main() -> None:
@@ -124,7 +112,7 @@ def explain(
     if json:
         typer.echo(json_module.dumps(report.to_dict(), indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(report)
+        table_console().print(report)
 
 
 @app.command()

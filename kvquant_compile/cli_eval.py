@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from kvquant_compile.cli_options import (
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    WindowsOption,
+    table_console,
+)
 from kvquant_compile.errors import OptionError
 from kvquant_compile.loading import load_model
 
@@ -21,6 +26,19 @@ if TYPE_CHECKING:
 
 RECIPES = "kvquant+,kvquant,kivi,int,bf16,fp8"
 SECTIONS = "What is measured beside the table"
+
+GridOption = Annotated[
+    bool, typer.Option("--grid", help="Key bits times value bits.", rich_help_panel=SECTIONS)
+]
+NeedleOption = Annotated[
+    bool, typer.Option("--needle", help="Needle in a haystack by depth.", rich_help_panel=SECTIONS)
+]
+AgreementOption = Annotated[
+    int, typer.Option("--agreement", help="Greedy tokens to compare.", rich_help_panel=SECTIONS)
+]
+ErrorsOption = Annotated[
+    bool, typer.Option("--errors", help="Layer, head, channel.", rich_help_panel=SECTIONS)
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +52,7 @@ class Wanted:
 
 
 def evaluate(
-    model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
+    model: ModelOption,
     text: Annotated[Path, typer.Option(help="UTF-8 text to score.")],
     recipes: Annotated[
         str, typer.Option(help="Recipes, comma separated; bf16 and fp8 have one width.")
@@ -44,35 +62,23 @@ def evaluate(
     ] = "4,3,2",
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Use only the first windows.")] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Windows of one pass: several are faster on a GPU.")
-    ] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of one pass; a GPU likes more.")] = 1,
     calibration: Annotated[
         Path | None, typer.Option(help="Text file; default: the model samples its own text.")
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    windows: WindowsOption = None,
     results: Annotated[
         Path | None, typer.Option(help="JSON file to write, and to go on from.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot to write (.svg, .png, .pdf).")] = None,
-    grid: Annotated[
-        bool, typer.Option("--grid", help="Key bits times value bits.", rich_help_panel=SECTIONS)
-    ] = False,
-    needle: Annotated[
-        bool,
-        typer.Option("--needle", help="Needle in a haystack by depth.", rich_help_panel=SECTIONS),
-    ] = False,
-    agreement: Annotated[
-        int, typer.Option(help="Greedy tokens to compare.", rich_help_panel=SECTIONS)
-    ] = 0,
-    errors: Annotated[
-        bool,
-        typer.Option("--errors", help="Layer, head, channel.", rich_help_panel=SECTIONS),
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    grid: GridOption = False,
+    needle: NeedleOption = False,
+    agreement: AgreementOption = 0,
+    errors: ErrorsOption = False,
+    dtype: DtypeOption = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: int = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Loss against effective bits, every token attending to quantised keys and values."""
     from kvquant_compile.calib.calibrate import CalibrationOptions
@@ -102,9 +108,8 @@ def evaluate(
     if json:
         typer.echo(json_module.dumps(known.to_dict(), indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
     for table in (_main_table(rows, title), *tables):
-        console.print(table)
+        table_console().print(table)
 
 
 def _main_table(rows: list[Row], title: str) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from kvquant_compile.cli_options import DtypeOption, JsonOption, ModelOption, table_console
 
 
 def show_memory(
-    model: Annotated[str, typer.Option("--model", help="Model folder or hub id.")],
+    model: ModelOption,
     context: Annotated[int, typer.Option(help="Tokens of every sequence.")] = 32768,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     bits: Annotated[int, typer.Option(help="Width; 16 for exact pages.")] = 3,
@@ -21,8 +21,8 @@ def show_memory(
     prompt: Annotated[
         int | None, typer.Option(help="Tokens before the first generated one; default: all.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    dtype: DtypeOption = "auto",
+    json: JsonOption = False,
 ) -> None:
     """Print formulas and numbers for cache, tables, workspace and weights.
 
@@ -39,7 +39,7 @@ def show_memory(
     if json:
         typer.echo(json_module.dumps({**report.to_dict(), "max_context": longest}, indent=2))
         return
-    Console(width=None if sys.stdout.isatty() else 120).print(report)
+    table_console().print(report)
     if longest is not None:
         typer.echo(f"\n{memory} hold {longest:,} tokens x {batch}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,24 @@ def allocated(run: Callable[[], object], device: torch.device) -> Allocated:
     Allocators' own rounding and caching are left out on a CPU, and on a GPU counted as the
     allocator counts them.
     """
-    gc.collect()  # what is garbage already would be freed, and subtracted, in between
-    if device.type == "cpu":
-        return _on_cpu(run)
+    with _no_collection():
+        return _on_cpu(run) if device.type == "cpu" else _on_gpu(run, device)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is garbage already would be freed, and subtracted, in between."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _on_gpu(run: Callable[[], object], device: torch.device) -> Allocated:
+    gc.collect()  # its memory may be what the run lacks
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -145,7 +145,7 @@ def memory_report(
     """What an optimised model takes for sequences of ``context`` tokens: formulas and numbers.
 
     Weights, tables and cache follow from the program and are exact. Workspace is measured: a few
-    steps of up to 4096 tokens run on the model, and longer ones lie on their line.
+    steps of up to 6144 tokens run on the model, and longer ones lie on their line.
 
     Args:
         model: an optimised model.

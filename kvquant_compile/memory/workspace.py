@@ -25,9 +25,9 @@ from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.installed import Installed, installed
 from kvquant_compile.runtime.states import recurrent_bytes
 
-# Steps of fewer tokens are measured as they are, longer ones lie on the line of these two: here
+# Steps of up to the second are measured as they are, longer ones lie on the line of both: here
 # every inner loop of the ops has tiles of full size.
-PROBES = (2048, 4096)
+PROBES = (4096, 6144)
 FEW = 64
 
 
@@ -83,7 +83,7 @@ def measure(model: nn.Module, context: int, batch: int, prompt: int | None) -> W
     """Workspace of an optimised model for a context of so many tokens.
 
     Args:
-        model: an optimised model; a few steps of up to 4096 tokens run on it.
+        model: an optimised model; a few steps of up to 6144 tokens run on it.
         context: tokens of a sequence in the end.
         batch: sequences; where these are many, fewer are run.
         prompt: tokens before the first generated one; None: all.
@@ -138,6 +138,7 @@ class _Probe:
             found = allocated(step, self.state.program.device)
         states = recurrent_bytes(cache.states)
         self.states = states // self.batch
+        cache.reset()  # it refers to itself, and would stay until the next collection
         return Allocated(found.peak - states, found.kept - states)
 
     def _cache(self) -> QuantizedCache:

@@ -20,13 +20,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicIndexedLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache
 
 from kvquant_compile.codec.formats import Layout
 from kvquant_compile.errors import CacheError
@@ -35,33 +34,17 @@ from kvquant_compile.runtime.cache_checks import (
     check_alive,
     check_batch,
     check_crop,
+    check_fork,
     check_mask,
     check_room,
 )
 from kvquant_compile.runtime.columns import Columns
+from kvquant_compile.runtime.contents import CacheContents
 from kvquant_compile.runtime.identity import Identity
-from kvquant_compile.runtime.layer import QuantizedLayer
-from kvquant_compile.runtime.paged import PagedStorage
+from kvquant_compile.runtime.step import Step
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One forward pass's view of the cache; shapes as in :mod:`kvquant_compile.lowering.ops`.
-
-    Attributes:
-        slots: see there.
-        history: see there; the cache's own tensor, which :meth:`QuantizedCache.commit` advances.
-        lengths: int32 [B], tokens per sequence once the step is committed.
-        real: which of the step's tokens are no padding, bool [B, S]; None when all are real.
-    """
-
-    slots: Tensor
-    history: Tensor
-    lengths: Tensor
-    real: Tensor | None
-
-
-class QuantizedCache(Cache):
+class QuantizedCache(CacheContents):
     """The cache of an optimised model; made by the model, or by ``new_cache(model)``.
 
     Args:
@@ -82,16 +65,9 @@ class QuantizedCache(Cache):
         states: Callable[[], Cache | None] = lambda: None,
         identity: Callable[[], Identity] | None = None,
     ) -> None:
-        super().__init__(layers=[QuantizedLayer(layout, self) for layout in layouts])
-        self.dtype, self.device, self.most = dtype, device, most
-        self.new_states, self.identity = states, identity
-        self.paged = PagedStorage(self.pages, dtype, device)
+        super().__init__(layouts, dtype, device, states)
+        self.most, self.identity = most, identity
         self.reset()
-
-    @property
-    def pages(self) -> list[QuantizedLayer]:
-        """The layers, typed."""
-        return cast("list[QuantizedLayer]", self.layers)
 
     def reset(self) -> None:
         """Forget everything and free the pages."""
@@ -99,44 +75,6 @@ class QuantizedCache(Cache):
         self.columns, self.reserved, self.broken = 0, 0, ""
         self.masks = Columns()
         self.states = self.new_states()
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences; -1 before the first step."""
-        return self.batch or -1
-
-    @property
-    def batch(self) -> int:
-        """Sequences; 0 before the first step."""
-        return self.paged.batch
-
-    @property
-    def table(self) -> Tensor:
-        """Page of every 64 tokens, int32 [B, n]."""
-        return self.paged.table
-
-    @property
-    def positions(self) -> Tensor:
-        """Position of every stored token, int32 [B, 64 n]; negative where it is hidden."""
-        return self.paged.positions
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens stored, int32 [B]."""
-        return self.paged.lengths
-
-    @property
-    def storage(self) -> object:
-        """Another object whenever a tensor of the cache has another address."""
-        return self.paged.token
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Cached columns, padding included."""
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(columns after the step, offset)."""
-        return self.columns + query_length, 0
 
     def reserve(self, tokens: int) -> None:
         """Let the next allocation reach for ``tokens`` columns, of which ``generate`` knows that
@@ -191,18 +129,9 @@ class QuantizedCache(Cache):
     def place(self, positions: Tensor, real: Tensor | None = None) -> Step:
         """The device's half of :meth:`begin`: slots of the step's tokens, their positions stored.
         Without padding (``real`` is None) no wait, address or shape depends on what is cached."""
-        steps = positions.shape[1]
-        if real is None:
-            slots = self.lengths[:, None] + torch.arange(
-                steps, dtype=torch.int32, device=self.device
-            )
-            self.positions.scatter_(1, slots.long(), positions.to(torch.int32))
-            return Step(slots, self.lengths, self.lengths + steps, None)
-        rank = real.cumsum(1, dtype=torch.int32) - 1
-        slots = torch.where(real, self.lengths[:, None] + rank, -1)
-        row, step = real.nonzero(as_tuple=True)
-        self.positions[row, slots[row, step].long()] = positions[row, step].to(torch.int32)
-        return Step(slots, self.lengths, self.lengths + real.sum(1, dtype=torch.int32), real)
+        step = Step.after(self.lengths, positions.shape[1], real)
+        step.write_positions(positions, self.positions)
+        return step
 
     @torch.inference_mode(False)
     def commit(self, step: Step) -> None:
@@ -283,12 +212,7 @@ class QuantizedCache(Cache):
             CacheError: ``count`` is no positive number, or the cache can no longer be used.
         """
         check_alive(self.broken)
-        if count < 1:
-            raise CacheError(
-                f"cannot fork a cache {count} times",
-                why="a cache without sequences holds nothing",
-                do="Pass the number of continuations, 1 or more.",
-            )
+        check_fork(count)
         layouts = [layer.layout for layer in self.pages]
         other = QuantizedCache(
             layouts, self.dtype, self.device, self.most, self.new_states, self.identity
@@ -335,36 +259,4 @@ class QuantizedCache(Cache):
             "a quantised cache cannot be pickled",
             why="its pages mean nothing without the tables they were coded with",
             do="Use cache.save(path) and kvquant_compile.load_cache(path, model).",
-        )
-
-    def nbytes(self) -> int:
-        """Every byte the cache has allocated: pages, exact tokens, block table, positions,
-        recurrent states and the keys of indices."""
-        kept = states.recurrent_bytes(self.states) + states.index_bytes(self.states)
-        return self._paged_bytes() + kept
-
-    def _paged_bytes(self) -> int:
-        return self.paged.nbytes() + self.masks.nbytes()
-
-    def recurrent_layers(self) -> list[LinearAttentionLayer]:
-        """The layers that keep a recurrent state, in order."""
-        return states.recurrent_layers(self.states)
-
-    def indexed_layers(self) -> list[DynamicIndexedLayer]:
-        """The layers that keep an index of their tokens (sparse attention), in order."""
-        return states.indexed_layers(self.states)
-
-    def effective_bits(self) -> float:
-        """Allocated bits per cached key or value element; recurrent states and indices, which
-        stay what they are in the original, are not counted."""
-        tokens = int(self.lengths.sum())
-        widths = (x.layout.heads * (x.layout.key_dim + x.layout.value_dim) for x in self.pages)
-        elements = tokens * sum(widths)
-        return 8 * self._paged_bytes() / elements if elements else 0.0
-
-    def __repr__(self) -> str:
-        kinds = {x.layout.kind for x in self.pages}
-        return (
-            f"QuantizedCache({len(self.layers)} layers {'/'.join(sorted(kinds))}, batch "
-            f"{self.batch}, {self.columns} tokens, {self.nbytes():,} bytes)"
         )

@@ -83,3 +83,17 @@ def check_crop(tokens_to_remove: int, columns: int, recurrent: bool) -> None:
             why="layers of the model keep a recurrent state or an index, which cannot go back",
             do="Start again from an empty cache.",
         )
+
+
+def check_fork(count: int) -> None:
+    """Raise if a cache cannot be forked ``count`` times.
+
+    Raises:
+        CacheError: the number is not positive.
+    """
+    if count < 1:
+        raise CacheError(
+            f"cannot fork a cache {count} times",
+            why="a cache without sequences holds nothing",
+            do="Pass the number of continuations, 1 or more.",
+        )

@@ -12,7 +12,7 @@ from kvquant_compile.codec.formats import Layout
 from kvquant_compile.errors import CacheError
 
 if TYPE_CHECKING:
-    from kvquant_compile.runtime.cache import QuantizedCache
+    from kvquant_compile.runtime.contents import CacheContents
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -22,7 +22,7 @@ class QuantizedLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, layout: Layout, owner: QuantizedCache) -> None:
+    def __init__(self, layout: Layout, owner: CacheContents) -> None:
         super().__init__()
         self.layout, self.owner = layout, owner
         self.slabs: list[Tensor] = []

@@ -19,9 +19,10 @@ from kvquant_compile.observer import SILENT, Observer
 from kvquant_compile.passes.device_past import COLUMNS
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.passes.rewrite import rewrite
-from kvquant_compile.runtime.cache import QuantizedCache, Step
+from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.identity import Identity
 from kvquant_compile.runtime.slot_columns import slot_columns
+from kvquant_compile.runtime.step import Step
 
 
 @dataclass(frozen=True, eq=False)

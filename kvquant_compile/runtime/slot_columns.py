@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvquant_compile.runtime.cache import QuantizedCache, Step
+from kvquant_compile.runtime.cache import QuantizedCache
+from kvquant_compile.runtime.step import Step
 
 
 def slot_columns(cache: QuantizedCache, step: Step) -> Tensor:

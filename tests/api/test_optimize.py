@@ -1,59 +1,16 @@
-"""What optimize takes, what it leaves alone, and what explain says about it."""
+"""Widths, slots and sinks that optimize takes, and what explain says about them."""
 
 from __future__ import annotations
 
-import functools
-import gc
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import kvquant_compile
-from kvquant_compile.calib.data import WindowSettings, calibration_windows
-from kvquant_compile.runtime.installed import installed
-from tests.zoo import tiny, tokens
-
-TEXT = tokens(4, 64, seed=7)
-IDS = tokens(2, 70, seed=3)
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=True).logits
-
-
-def quantised(model: PreTrainedModel, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with kvquant_compile.quantised_attention(model):
-        return logits(model, ids)
-
-
-def tables(model: PreTrainedModel) -> dict[tuple[int, str], torch.Tensor]:
-    return {
-        (index, name): tensor
-        for index, layer in kvquant_compile.artifact(model).tables.items()
-        for name, tensor in layer.tensors().items()
-    }
-
-
-def same_tables(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    first, second = tables(a), tables(b)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-@pytest.fixture(scope="module")
-def three() -> PreTrainedModel:
-    return kvquant_compile.optimize(tiny("llama"), bits=3, calibration=TEXT)
-
-
-@pytest.fixture(scope="module")
-def original() -> torch.Tensor:
-    return logits(tiny("llama"))
+from tests.api.helpers import IDS, TEXT, logits, quantised
+from tests.zoo import tiny
 
 
 def test_more_bits_are_closer_and_larger(original: torch.Tensor) -> None:
@@ -107,150 +64,6 @@ def test_slots_and_sinks_are_stored() -> None:
     assert (quantised(plain) - expected)[:, 1:5].norm() / expected[:, 1:5].norm() > 1e-2
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_seed_decides_everything(sampled: bool) -> None:
-    data = None if sampled else tokens(12, 40, seed=1)
-    options = {"calibration": data, "windows": 2, "bits": 2}
-    torch.manual_seed(1)
-    first = kvquant_compile.optimize(tiny("llama"), **options, seed=5)
-    torch.manual_seed(2)
-    again = kvquant_compile.optimize(tiny("llama"), **options, seed=5)
-    other = kvquant_compile.optimize(tiny("llama"), **options, seed=6)
-    assert same_tables(first, again)
-    assert torch.equal(quantised(first), quantised(again))
-    assert not same_tables(first, other)
-
-
-def test_calibration_leaves_the_random_state_alone() -> None:
-    model = tiny("llama")
-    state = torch.get_rng_state()
-    kvquant_compile.optimize(model, bits=2, windows=1)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_loaded_artifact_gives_the_same_model_without_calibration(
-    three: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "tables.safetensors"
-    kvquant_compile.artifact(three).save(path)
-
-    def never(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("calibration ran")
-
-    monkeypatch.setattr("kvquant_compile.asked.calibrate", never)
-    monkeypatch.setattr("kvquant_compile.calib.calibrate.observe", never)
-    for given in (path, str(path), kvquant_compile.Artifact.load(path)):
-        model = kvquant_compile.optimize(tiny("llama"), calibration=given)
-        assert same_tables(model, three)
-        assert torch.equal(quantised(model), quantised(three))
-
-
-class _Loader:
-    """Iterable, without a length, as a DataLoader over a stream is."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        list,
-        lambda ids: list(ids),
-        lambda ids: [row.tolist() for row in ids],
-        lambda ids: ids.int(),
-        lambda ids: _Loader([{"input_ids": ids[:3], "labels": None}, {"input_ids": ids[3:]}]),
-        lambda ids: torch.utils.data.DataLoader(list(ids), batch_size=3),
-        lambda ids: [BatchEncoding({"input_ids": row.tolist()}) for row in ids],
-        lambda ids: (row for row in ids),
-    ],
-    ids=["rows", "list", "numbers", "int32", "mappings", "loader", "encodings", "generator"],
-)
-def test_every_kind_of_calibration_gives_the_same_windows(
-    three: PreTrainedModel, wrap: Callable[[torch.Tensor], Any]
-) -> None:
-    captured = installed(three).captured
-    windows = calibration_windows(wrap(TEXT), None, captured, WindowSettings())
-    assert torch.equal(torch.cat(windows), TEXT)
-
-
-def test_a_loader_calibrates_as_its_tensor_does(three: PreTrainedModel) -> None:
-    loader = torch.utils.data.DataLoader(list(TEXT), batch_size=3)
-    assert same_tables(kvquant_compile.optimize(tiny("llama"), calibration=loader), three)
-
-
-def test_texts_are_tokenised(three: PreTrainedModel) -> None:
-    texts = ["".join(map(chr, row)) for row in TEXT.tolist()]
-
-    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
-
-    model = kvquant_compile.optimize(tiny("llama"), bits=3, calibration=texts, tokenizer=tokenizer)
-    assert same_tables(model, three)
-
-
-def test_sensitivity_none_never_runs_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a gradient was asked for")
-
-    monkeypatch.setattr(torch.autograd, "grad", never)
-    model = kvquant_compile.optimize(tiny("llama"), bits=3, calibration=TEXT, sensitivity="none")
-    assert torch.isfinite(quantised(model)).all()
-    with pytest.raises(AssertionError, match="gradient"):
-        kvquant_compile.optimize(tiny("llama"), bits=3, calibration=TEXT)
-
-
-def test_a_model_with_dropout_in_training_mode_is_optimised_as_in_evaluation() -> None:
-    one, other = tiny("gpt2"), tiny("gpt2").train()
-    assert other.config.attn_pdrop > 0
-    for model in (one, other):
-        kvquant_compile.optimize(model, bits=2, windows=1)
-    assert other.training
-    assert same_tables(one, other)
-
-
-def test_parameters_and_modes_stay_as_they_were() -> None:
-    model = tiny("llama")
-    model.lm_head.weight.requires_grad_(False)
-    model.train()
-    model.model.layers[0].eval()
-    modes = [m.training for m in model.modules()]
-    wanted = [p.requires_grad for p in model.parameters()]
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    config = model.config.to_dict()
-    kvquant_compile.optimize(model, bits=3, calibration=TEXT)
-    assert [m.training for m in model.modules()] == modes
-    assert [p.requires_grad for p in model.parameters()] == wanted
-    assert all(p.grad is None for p in model.parameters())
-    assert model.config.to_dict() == config
-    assert list(model.state_dict()) == list(weights)
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_optimising_without_gradients_gives_the_same_tables(
-    three: PreTrainedModel, mode: Callable[[], Any]
-) -> None:
-    model = tiny("llama")
-    with mode():
-        kvquant_compile.optimize(model, bits=3, calibration=TEXT)
-    assert same_tables(model, three)
-
-
-def test_a_cache_filled_in_inference_mode_can_be_continued(three: PreTrainedModel) -> None:
-    last = tokens(2, 1, seed=9)
-    with torch.inference_mode():
-        cache = three(IDS, use_cache=True).past_key_values
-    with torch.no_grad():
-        plain = three(IDS, use_cache=True).past_key_values
-        expected = three(last, past_key_values=plain).logits
-        assert torch.equal(three(last, past_key_values=cache).logits, expected)
-
-
 def test_attend_quantized_is_the_same_switched_by_option_or_context(
     three: PreTrainedModel,
 ) -> None:
@@ -275,93 +88,13 @@ def test_the_context_ends_with_its_block(three: PreTrainedModel) -> None:
         pass
 
 
-def test_two_optimised_models_and_their_sibling_do_not_disturb_each_other(
-    three: PreTrainedModel, original: torch.Tensor
-) -> None:
-    alone = quantised(three)
-    sibling = tiny("llama")
-    implementation = sibling.config._attn_implementation
-    other = kvquant_compile.optimize(tiny("llama"), bits=1, calibration=TEXT)
-    coarse = quantised(other)
-    assert torch.equal(quantised(three), alone)
-    assert torch.equal(quantised(other), coarse)
-    assert not torch.equal(alone, coarse)
-    assert torch.equal(logits(sibling), original)
-    assert isinstance(sibling(IDS).past_key_values, DynamicCache)
-    for model in (sibling, three, other):
-        assert model.config._attn_implementation == implementation
-    assert "forward" not in vars(sibling.model)
-    assert type(sibling).forward is type(three).forward
-
-
-def test_each_model_takes_its_own_cache_only(three: PreTrainedModel) -> None:
-    with torch.no_grad():
-        cache = three(IDS).past_key_values
-        first = three(tokens(2, 1), past_key_values=cache).logits
-        cache.crop(-1)
-        assert torch.equal(three(tokens(2, 1), past_key_values=cache).logits, first)
-
-
-def test_restore_gives_a_hook_its_forward_back() -> None:
-    model = tiny("llama")
-    inner, calls = model.model.forward, []
-
-    @functools.wraps(inner)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return inner(*args, **kwargs)
-
-    model.model.forward = hooked
-    kvquant_compile.restore(kvquant_compile.optimize(model, bits=16))
-    assert model.model.forward is hooked
-    calls.clear()
-    logits(model)
-    assert calls
-
-
-def test_restore_then_optimise_again(original: torch.Tensor, three: PreTrainedModel) -> None:
-    model = kvquant_compile.optimize(tiny("llama"), bits=1, calibration=TEXT)
-    kvquant_compile.restore(model)
-    assert torch.equal(logits(model), original)
-    kvquant_compile.optimize(model, bits=3, calibration=TEXT)
-    assert same_tables(model, three)
-
-
-def test_a_dropped_model_is_freed() -> None:
-    model = kvquant_compile.optimize(tiny("llama"), bits=16)
-    program = weakref.ref(installed(model).program)
-    weight = weakref.ref(model.lm_head.weight)
-    del model
-    gc.collect()
-    assert program() is None
-    assert weight() is None
-
-
-def test_sampled_windows_can_be_used_again(three: PreTrainedModel) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimised = kvquant_compile.sample_calibration(three, windows=2, tokens=20, seed=4)
-    plain = kvquant_compile.sample_calibration(tiny("llama"), windows=2, tokens=20, seed=4)
-    assert [w.shape for w in plain] == [(1, 20), (1, 20)]
-    assert all(torch.equal(a, b) for a, b in zip(plain, optimised, strict=True))
-
-
-def test_new_cache_is_empty_and_usable(three: PreTrainedModel) -> None:
-    cache = kvquant_compile.new_cache(three)
-    assert cache.nbytes() == 0
-    with torch.no_grad():
-        got = three(IDS, past_key_values=cache).logits
-    assert torch.equal(got, logits(three))
-    assert cache.get_seq_length() == IDS.shape[1]
-
-
 @pytest.mark.parametrize(
     "asked", [{"bits": 4}, {"slots": 1}, {"sinks": 3}, {"recent_window": 0}], ids=str
 )
-def test_asking_for_another_format_than_the_artifacts_is_refused(asked: dict[str, int]) -> None:
-    tables = kvquant_compile.artifact(
-        kvquant_compile.optimize(tiny("llama"), bits=3, calibration=TEXT)
-    )
+def test_asking_for_another_format_than_the_artifacts_is_refused(
+    asked: dict[str, int], three: PreTrainedModel
+) -> None:
+    tables = kvquant_compile.artifact(three)
     with pytest.raises(kvquant_compile.OptionError, match="another format"):
         kvquant_compile.optimize(tiny("llama"), calibration=tables, **asked)
     model = kvquant_compile.optimize(tiny("llama"), calibration=tables)

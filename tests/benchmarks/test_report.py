@@ -134,7 +134,7 @@ def test_steps_are_compared_with_the_original_at_the_same_size(tmp_path: Path) -
     assert "| s, static | 1 x 10 | 5.00 | 200.0 | 0.80x | 2.0 | 1.00 at 16 bits |" in text
 
 
-@pytest.mark.parametrize(("kind", "name"), [("prefill", "p"), ("compile", "c")])
+@pytest.mark.parametrize(("kind", "name"), [("prefill", "p"), ("compile", "c"), ("append", "a")])
 def test_other_tables(kind: str, name: str, tmp_path: Path) -> None:
     environment = DECODE["environment"]
     records: dict[str, Any] = {
@@ -143,12 +143,27 @@ def test_other_tables(kind: str, name: str, tmp_path: Path) -> None:
             "ours": {"seconds": 2.1, "peak_bytes": 1e10}}}]},
         "c": {"environment": environment, "layers": 32, "kernels": {"a": 1, "b": 2},
               "cold": {"optimise": 8.0}, "warm": {"optimise": 4.0}},
+        "a": {"environment": environment, "rows": [
+            {"bits": 3, "batch": 1, "tokens": 2048, "graph": 90.04, "launched": 120.0,
+             "copy, graph": 5.5}]},
     }  # fmt: skip
     (tmp_path / f"{name}.json").write_text(json.dumps(records[name]))
     text = report.section(kind, name, tmp_path)
     expected = {
         "p": "| ours | 32,768 | 2.100 | 1.050 | 10.0 |",
         "c": "| optimise | 8.00 | 4.00 |",
+        "a": "| 1 x 2,048 | 3 | 90.0 | 120.0 | 5.5 |",
     }
     assert expected[name] in text
-    assert name == "p" or "3 kernels compiled for 32 layers." in text
+    assert name != "c" or "3 kernels compiled for 32 layers." in text
+
+
+def test_a_chunk_that_failed_leaves_the_others(tmp_path: Path) -> None:
+    row = {"chunk": 2048, "history": 0, "flash bf16": {"us": 3000.0}, "cudnn bf16": {"us": 2000.0},
+           "3 bits, plain": {"us": 2500.0}, "3 bits, default": {"error": "no"}}  # fmt: skip
+    broken = row | {"flash bf16": {"error": "no"}}
+    record = {"environment": DECODE["environment"], "rows": [row, broken, {"dequantise": "x"}]}
+    (tmp_path / "k.json").write_text(json.dumps(record))
+    text = report.section("chunks", "k", tmp_path)
+    assert "| 2,048 over 0 | 3.00 | 2.00 | 2.50 · 1.20x · 0.80x | failed |" in text
+    assert "| 2,048 over 0 | failed | 2.00 | 2.50 · 0.80x | failed |" in text

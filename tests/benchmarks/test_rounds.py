@@ -5,13 +5,16 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import decode_row
+from benchmarks.cases import Size
 from benchmarks.contenders import Contender
+from benchmarks.decode_attention import compile_tasks
 from benchmarks.rounds import LAST, Schedule, alternate, order, sustained
 
 CPU = torch.device("cpu")
@@ -104,7 +107,10 @@ def test_a_row_takes_the_fastest_setting_and_keeps_errors(monkeypatch: Any) -> N
 
     makers = {"a": variants, "b": never, "c": lambda *_: Contender([wait(10)], 7)}
     monkeypatch.setattr(decode_row, "makers", lambda: makers)
-    row = decode_row.measure(list(makers), None, CPU, SCHEDULE)  # type: ignore[arg-type]
+    size: Any = None
+    short = decode_row.measure(list(makers), size, CPU, replace(SCHEDULE, sustained_from=1.0))
+    assert "sustained_us" not in short["c"]
+    row = decode_row.measure(list(makers), size, CPU, replace(SCHEDULE, sustained_from=0.0))
     assert row["a"]["setting"] == "fast"
     assert row["a"]["failed_settings"] == ("broken: ValueError: not here",)
     assert row["b"] == {"error": "NoSettingRuns: ValueError: not here"}
@@ -114,3 +120,13 @@ def test_a_row_takes_the_fastest_setting_and_keeps_errors(monkeypatch: Any) -> N
         assert len(result["rounds_us"]) == SCHEDULE.rounds
         assert result["cache_bytes"] == nbytes
         assert result["sustained_us"] > 0
+
+
+def test_what_takes_longest_is_compiled_first() -> None:
+    small, large = Size(4, 2, 64), Size(4, 2, 128)
+    tasks = compile_tasks(["cudnn bf16", "flex bf16", "fp8", "2 bit"], [small, large])
+    assert tasks == [
+        ("flex bf16", small), ("flex bf16", large),
+        ("fp8", small), ("2 bit", small), ("fp8", large), ("2 bit", large),
+    ]  # fmt: skip
+    assert compile_tasks(["flash bf16"], [small]) == []

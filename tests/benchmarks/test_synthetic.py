@@ -11,8 +11,9 @@ from benchmarks.contenders import ours
 from benchmarks.decoders import CONTENDERS, Job
 from benchmarks.model_decode import effective_bits, weight_bytes
 from benchmarks.models import random_llama
-from benchmarks.synthetic import fill_pages, filled_cache, random_artifact
-from kvquant_compile.codec.layout import PageLayout, unpack_keys, unpack_values
+from benchmarks.synthetic import fill_pages, filled_cache, random_artifact, tables_with_feedback
+from kvquant_compile.codec.feedback import STAGE_CHANNELS
+from kvquant_compile.codec.layout import PageLayout, padded, unpack_keys, unpack_values
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.recent import ring_span
 from kvquant_compile.recipes.choice import choose
@@ -115,3 +116,13 @@ def test_short_caches_are_rotated_past_the_l2_cache() -> None:
             assert size.sets(nbytes) * nbytes >= 150_000_000
         else:
             assert nbytes >= 3 * 50_000_000
+
+
+def test_random_feedback_moves_later_stages_only() -> None:
+    spec = CodecSpec(3, 3, 0, 0, False, 0)
+    tables = tables_with_feedback(spec, 2, 40, torch.Generator().manual_seed(0))
+    for matrix, dim in ((tables.key_feedback, padded(40)), (tables.value_feedback, 40)):
+        assert matrix.shape == (2, dim, dim)
+        stage = torch.arange(dim) // STAGE_CHANNELS
+        assert not matrix[:, stage[:, None] >= stage].any()
+        assert matrix[:, stage[:, None] < stage].float().std() > 5

@@ -19,8 +19,8 @@ from kvquant_compile.lowering.append import append
 from kvquant_compile.lowering.pages import gather_pages
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.paging import separate
+from tests.runtime.decode_graph.helpers import graphs
 from tests.runtime.recording import Recording
-from tests.runtime.test_decode_graph import graphs
 from tests.zoo import tiny, tokens
 
 CPU = torch.device("cpu")

@@ -1,0 +1,7 @@
+"""Where the stages print."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+console = Console(width=100)
