@@ -37,6 +37,19 @@ def at_equal_bytes(record: Record) -> str:
     ))  # fmt: skip
 
 
+SHORT = ("fp8", "kivi", "qserve", "int", "rvq", "kvquant-released")
+"""Recipes that are shown beside ours where there is room for few."""
+
+
+def short(record: Record) -> str:
+    """Some codecs in the shortest windows of the first text, by their bytes."""
+    table = min(record["tables"], key=lambda t: (t["text"] != "wikitext2_test", t["window"]))
+    rows = [row for row in table["rows"] if row["recipe"] in (OURS, *SHORT)]
+    rows.sort(key=lambda r: (-r["effective_bits"], r["kl"]))
+    cells = ([_name(row), f"{row['effective_bits']:.2f}", _loss(row), _kl(row)] for row in rows)
+    return markdown(["", "effective bits", "loss of perplexity", "KL to the original"], cells)
+
+
 def calibrations(record: Record) -> str:
     """What kvquant+ loses by what it was calibrated on, and how much more than calibrated on text
     of the same kind."""

@@ -233,6 +233,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "pareto": accuracy_tables.pareto,
     "method": accuracy_tables.method,
     "bytes": accuracy_tables.at_equal_bytes,
+    "short": accuracy_tables.short,
     "calibrations": accuracy_tables.calibrations,
     "calibrating": accuracy_tables.calibrating,
 }

@@ -17,7 +17,7 @@ from kvquant_compile.capture import capture
 from kvquant_compile.capture.cleanup import evaluation_mode
 from kvquant_compile.checks import check_refusals, refuse_optimised
 from kvquant_compile.codec.algebra import Recipe
-from kvquant_compile.config import Bits
+from kvquant_compile.config import Bits, Slots
 from kvquant_compile.dump import dumping
 from kvquant_compile.inspect.certificates import certificates as layer_certificates
 from kvquant_compile.inspect.explained import explained
@@ -49,7 +49,7 @@ def optimize(
     recipe: str | Recipe | Callable[..., Recipe] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
-    slots: int | None = None,
+    slots: Slots | None = None,
     sinks: int | None = None,
     recent_window: int | None = None,
     example_inputs: tuple[Any, ...] | None = None,
@@ -92,12 +92,14 @@ def optimize(
             tensors, an iterable of these, or a saved artifact (object or ``*.safetensors``
             path).
         tokenizer: for texts.
-        slots: exact outlier slots of every (token, head), keys and values each; None: 1, or
-            the artifact's.
+        slots: exact outlier slots of every (token, head): of keys and values each, or a pair of
+            both; None: (1, 0), or the artifact's. Every slot makes decoding slower; where values
+            have outliers that move from channel to channel, 1 pays (docs/accuracy.md, "The
+            default").
         sinks: leading tokens of every sequence kept exactly; None: 1, or the artifact's.
         recent_window: last tokens of every sequence kept exactly besides, a multiple of 16, up to
-            1024; None: 0, or the artifact's. Worth most at 2 bits and in long contexts
-            (docs/accuracy.md, "Recent tokens").
+            1024; None: 16, or the artifact's. They cost 16 bits a stored element each, whatever
+            the context, and nearly no time; 0 keeps none.
         example_inputs: (ids, past) for modules that are not transformers': past an empty cache
             (None, or a cache object), or a start position (0, or positions): docs/conventions.md.
         strict: raise when a layer's keys must be stored after RoPE; else warn once.
