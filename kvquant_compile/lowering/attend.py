@@ -126,20 +126,14 @@ def attend(
     grouped = ordered.float() * site.scale
     state = OnlineSoftmax(grouped.shape[:-1], value.shape[-1], query.device)
     for first, keys, values in _blocks(cache, slots, limit, stored, site.window, query):
-        places = slice(first, first + keys.shape[2])
-        hidden = cache.positions[:, places] < 0
-        visible = visible_slots(slots, first, hidden, limit, site.window, site.chunk)
-        if site.selected is not None:
-            visible = both(visible, site.selected[:, :, places])
+        places = places_of(first, keys)
+        visible = _visible(cache, site, slots, limit, slice(first, first + keys.shape[2]))
         if recent:
-            visible = both(visible, left_to_pages(slots, places_of(first, keys), history, recent))
-        if (
-            visible is None
-            and not lossless
-            and history_by_flash(state, ordered, keys, values, site)
-        ):
+            visible = both(visible, left_to_pages(slots, places, history, recent))
+        fast = visible is None and not lossless
+        if fast and history_by_flash(state, ordered, keys, values, site):
             continue
-        bias = score_bias(site, slots, places_of(first, keys), groups)
+        bias = score_bias(site, slots, places, groups)
         _update(state, grouped, keys, values, visible, site.softcap, bias)
     if own is not None:
         state.merge(slice(None), *(x.unflatten(1, groups) for x in own))
@@ -150,6 +144,15 @@ def attend(
         output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous(),
         lse.flatten(1, 2),
     )
+
+
+def _visible(
+    cache: CacheView, site: Site, slots: Tensor, limit: Tensor, places: slice
+) -> Tensor | None:
+    """Which slots of a block the site's queries may see, bool [B, S, N]; None: each sees all."""
+    hidden = cache.positions[:, places] < 0
+    visible = visible_slots(slots, places.start, hidden, limit, site.window, site.chunk)
+    return visible if site.selected is None else both(visible, site.selected[:, :, places])
 
 
 def _blocks(

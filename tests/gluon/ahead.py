@@ -26,18 +26,24 @@ from tests.gluon.compiled import compile_gluon
 from tests.triton.ahead import main_loop
 
 PLAIN, DEFAULT = CodecSpec(3, 3, 0, 0, False, 0), CodecSpec(3, 3, 1, 1, True, 1)
+SCALED = CodecSpec(3, 3, 0, 0, True, 1)
 RECENT = replace(DEFAULT, recent_tokens=64)
 
 
-def _spec(codec: CodecSpec, width: int, explicit: int, groups: int = 1) -> GluonSpec:
+def _spec(
+    codec: CodecSpec, width: int, explicit: int, groups: int = 1, terms: int = 2
+) -> GluonSpec:
     layout = PageLayout(codec, 8, width, width, 2)
-    return GluonSpec(layout, explicit > 0, explicit, groups, False, False, False, False)
+    return GluonSpec(
+        layout, explicit > 0, explicit, groups, False, False, False, False, terms=terms
+    )
 
 
 KERNELS = {
     "plain": _spec(PLAIN, 128, 2),
     "plain, no RoPE": _spec(PLAIN, 128, 0),
     "plain, 8 columns": _spec(PLAIN, 128, 2, 2),
+    "one query, token scales": _spec(SCALED, 128, 1, terms=8),
     "default": _spec(DEFAULT, 128, 2),
     "default, 8 columns": _spec(DEFAULT, 128, 2, 2),
     "default, 256 channels": _spec(DEFAULT, 256, 2),

@@ -17,7 +17,7 @@ HOPPER_SHARED = 228 << 10
 
 HALVES = ("query", "key", "value", "sinks", "output")
 FLOATS = (
-    "sink_logits", "frequencies", "rope_scale", "key_unit", "gain", "offset", "partial",
+    "sink_logits", "coefficients", "rope_scale", "key_unit", "gain", "offset", "partial",
     "partial_lse", "output_lse",
 )  # fmt: skip
 WORDS = (

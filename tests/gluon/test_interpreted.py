@@ -21,14 +21,21 @@ pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "ne
 TOLERANCE = 2e-3
 
 NARROW = replace(BASE, dims=(32, 32), rope=half_rope(32, 32))
-HALF_LINEAR = replace(BASE, dims=(64, 64), rope=half_rope(64, 64, 5e5))
-"""Of the two groups of pairs one turns explicitly, the other by the linear rule."""
+HALF_SERIES = replace(BASE, dims=(64, 64), rope=half_rope(64, 64, 5e5))
+"""Of the two groups of pairs one turns explicitly, the other by a series."""
 
 RECENT = replace(DEFAULT, recent_tokens=16)
 
 SMALL = {
-    "3 bit, one slab": replace(HALF_LINEAR, slabs=1),
-    "default": replace(HALF_LINEAR, spec=DEFAULT, lengths=(150, 70)),
+    "3 bit, one slab": replace(HALF_SERIES, slabs=1),
+    "default": replace(HALF_SERIES, spec=DEFAULT, lengths=(150, 70)),
+    "one query, eight terms": replace(
+        HALF_SERIES, rope=half_rope(64, 64), rep=1, heads=2, lengths=(150,), start=999_000,
+        spec=CodecSpec(3, 3, 0, 1, True, 1),
+    ),
+    "two queries, four terms": replace(
+        HALF_SERIES, rep=1, steps=2, lengths=(130,), spec=CodecSpec(2, 2, 0, 0, False, 0)
+    ),
     "default, no RoPE, hidden": replace(NARROW, rope=None, spec=DEFAULT, hidden=9, lengths=(130,)),
     "1 bit, window over pages": replace(
         NARROW, spec=CodecSpec(1, 1, 0, 0, False, 0), window=70, lengths=(200, 64), rep=1
@@ -51,14 +58,14 @@ SMALL = {
     "window, steps, own tokens": replace(
         NARROW, steps=3, exact=False, rep=2, window=40, lengths=(150,)
     ),
-    "default, 8 columns": replace(HALF_LINEAR, spec=DEFAULT, lengths=(150,), rep=6),
+    "default, 8 columns": replace(HALF_SERIES, spec=DEFAULT, lengths=(150,), rep=6),
     "key slots, no RoPE, 8 columns": replace(
         NARROW, rope=None, spec=CodecSpec(3, 3, 1, 0, True, 0), rep=8, lengths=(130,)
     ),
     "peaked": replace(NARROW, sharpness=16.0, lengths=(150,)),
     "recent": replace(NARROW, spec=RECENT, lengths=(150, 0, 7), steps=3, rep=2, hidden=0),
     "recent, cropped, window, soft-cap": replace(
-        HALF_LINEAR, spec=replace(RECENT, sink_tokens=3), lengths=(70, 10), cropped=6, window=20,
+        HALF_SERIES, spec=replace(RECENT, sink_tokens=3), lengths=(70, 10), cropped=6, window=20,
         hidden=3, softcap=1.5, rep=1
     ),
     "recent, all cropped, no RoPE, padding": replace(

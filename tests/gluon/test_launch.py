@@ -12,14 +12,14 @@ from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.attend import Site
 from kvquant_compile.lowering.gluon import launch
-from kvquant_compile.lowering.gluon.constants import gluon_constants
+from kvquant_compile.lowering.gluon.constants import gluon_constants, series_terms
 from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory
 from kvquant_compile.lowering.source import kernels_source
 from kvquant_compile.lowering.triton import dispatch
-from tests.gluon.test_interpreted import HALF_LINEAR, NARROW, SMALL
+from tests.gluon.test_interpreted import HALF_SERIES, NARROW, SMALL
 
 CUDA = torch.device("cuda")
-LAYOUT = HALF_LINEAR.build().layout
+LAYOUT = HALF_SERIES.build().layout
 H200 = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=228 << 10)
 RTX4090 = SimpleNamespace(multi_processor_count=128, shared_memory_per_multiprocessor=100 << 10)
 
@@ -86,7 +86,8 @@ def test_neither_do_other_vendors_nor_the_interpreter(monkeypatch: pytest.Monkey
 
 def spec_of(name: str, columns: int) -> GluonSpec:
     built = SMALL[name].build()
-    constants = gluon_constants(built.layout, built.cache.tables, built.cache.geometry)
+    terms = series_terms(built.layout, columns)
+    constants = gluon_constants(built.layout, built.cache.tables, built.cache.geometry, terms)
     return launch.gluon_spec(built.layout, constants, built.site, columns, bulk=True)
 
 
@@ -138,7 +139,7 @@ def test_splits(programs: int, pages: int) -> None:
 @pytest.mark.usefixtures("gluon_device")
 def test_the_source_shown_is_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.SWITCH, "torch")  # no kernel for the CPU that the constants are on
-    built = HALF_LINEAR.build()
+    built = HALF_SERIES.build()
     shown = (built.layout, built.cache.tables, built.cache.geometry, Site(0.1, 0.0, 0, None), 4)
     ((name, text),) = kernels_source(*shown).items()
     assert name.startswith("history_"), "of any GPU"

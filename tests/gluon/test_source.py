@@ -34,7 +34,8 @@ def test_the_text_does_not_depend_on_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"softcap": True}, {"window": True}, {"groups": 2}, {"dynamic": False}]
+    "change",
+    [{"softcap": True}, {"window": True}, {"groups": 2}, {"dynamic": False}, {"terms": 8}],
 )
 def test_whatever_names_a_kernel_changes_its_text(change: dict[str, bool]) -> None:
     other = replace(SMALL, **change)

@@ -63,7 +63,7 @@ def test_a_stage_holds_a_page_or_the_sums(spec: GluonSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_constants_are_in_order(spec: GluonSpec) -> None:
     c = Constants(spec)
-    places = [c.rotation, c.zeros, c.turns, c.scales, c.tables, c.outliers, c.size]
+    places = [c.rotation, c.zeros, c.turns, c.scales, c.tables, c.polynomials, c.outliers, c.size]
     assert places == sorted(places)
     assert [place for place in places if place % 16] == []
     assert (c.size > c.outliers) == (spec.layout.spec.key_slots > 0)

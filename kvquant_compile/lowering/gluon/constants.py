@@ -12,12 +12,19 @@ from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import LayerTables
 from kvquant_compile.lowering.gluon.queries import EXPLICIT_EXPONENT
 from kvquant_compile.lowering.gluon.slots import HEADROOM
-from kvquant_compile.lowering.gluon.spec import LINEAR_LIMIT, Constants, GluonSpec
+from kvquant_compile.lowering.gluon.spec import (
+    COLUMN_GROUP,
+    MOST_TERMS,
+    SERIES_LIMITS,
+    Constants,
+    GluonSpec,
+)
+from kvquant_compile.lowering.gluon.visibility import TOKENS
 from kvquant_compile.lowering.triton.prepared import half_words
 from kvquant_compile.lowering.triton.spec import table_bias
 
 BYTES_FROM = 1024
-"""Bytes u of linear pairs are read as float16 1024 + u."""
+"""Bytes u of pairs that take a series are read as float16 1024 + u."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,58 +35,88 @@ class GluonConstants:
         block: int32 [H, size / 4], see :class:`~.spec.Constants`.
         key_unit: float32 [H], what a product of a unit query and scaled keys is to be multiplied
             by.
-        frequencies, rope_scale: float32 [P].
+        coefficients: float32 [P, 8], of the terms of a pair's rotation, where it is a series.
+        rope_scale: float32 [P].
         turns: int32 [P, 2], frequencies in turns a position, as 64-bit fractions.
         query_order: int32 [2 P], or empty.
         gain, offset: float32 [H, value_dim].
         explicit: groups of pairs that are rotated explicitly.
+        terms: of the others' series.
         rotates, stretched: as in :class:`GluonSpec`.
     """
 
     block: Tensor
     key_unit: Tensor
-    frequencies: Tensor
+    coefficients: Tensor
     turns: Tensor
     rope_scale: Tensor
     query_order: Tensor
     gain: Tensor
     offset: Tensor
     explicit: int
+    terms: int
     rotates: bool
     stretched: bool
 
 
-def explicit_groups(frequencies: Tensor) -> int:
-    """Leading groups of sixteen pairs with one that turns too far for the linear rule."""
-    far = (frequencies.double().abs() * 32 > LINEAR_LIMIT).nonzero().flatten()
+def series_terms(layout: PageLayout, columns: int) -> int:
+    """Terms that so many queries of a kv head can have: they share eight columns.
+
+    Key slots meet the queries themselves, which only the first of two terms is.
+    """
+    if layout.spec.key_slots or columns > COLUMN_GROUP // 2:
+        return 2
+    return MOST_TERMS // columns
+
+
+def explicit_groups(frequencies: Tensor, terms: int) -> int:
+    """Leading groups of sixteen pairs with one that turns too far for so many terms."""
+    far = (frequencies.double().abs() * 32 > SERIES_LIMITS[terms]).nonzero().flatten()
     return 0 if far.numel() == 0 else int(far.max()) // 16 + 1
 
 
+def series_coefficients(frequencies: Tensor) -> Tensor:
+    """Of Chebyshev polynomials of a token's offset in half pages: float64 [P, 8].
+
+    The even ones make the cosine, the odd ones the sine (Jacobi and Anger); zero for pairs that
+    turn too far.
+    """
+    angle = frequencies.double() * 32
+    degrees, turn = torch.arange(MOST_TERMS), torch.arange(64) * (math.tau / 64)
+    sign = torch.where(degrees % 4 < 2, 1.0, -1.0) * torch.where(degrees == 0, 1.0, 2.0)
+    # Bessel's integral of the first kind; of so smooth a period, its mean is exact
+    phase = degrees[:, None] * turn - angle[:, None, None] * turn.sin()
+    bessel = phase.cos().mean(-1)
+    return torch.where(angle.abs()[:, None] > SERIES_LIMITS[MOST_TERMS], 0.0, sign * bessel)
+
+
 def gluon_constants(
-    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], terms: int
 ) -> GluonConstants:
-    """Prepare a layer's constants; copies to the host."""
+    """Prepare a layer's constants for queries of so many terms; copies to the host."""
     device = tables[0].device
     host = LayerTables(*(t.cpu() for t in tables))
     order, frequencies, rope_scale = (x.cpu() for x in geometry[1:])
     pairs = padded(layout.key_dim) // 2
     rotates = bool((frequencies != 0).any())
-    explicit = explicit_groups(frequencies) if rotates else 0
+    terms = terms if rotates else 2
+    explicit = explicit_groups(frequencies, terms) if rotates else 0
     if frequencies.numel() == 0:
         frequencies, rope_scale = torch.zeros(pairs), torch.ones(pairs)
     stretched = rotates and bool((rope_scale != 1).any())
-    spec = GluonSpec(layout, rotates, explicit, 1, False, False, False, stretched)
+    spec = GluonSpec(layout, rotates, explicit, 1, False, False, False, stretched, terms=terms)
     scale, zero = (_width(x, 2 * pairs, v) for x, v in ((host.key_scale, 1.0), (host.key_zero, 0)))
     unit = torch.exp2(torch.ceil(torch.log2(scale.amax(1))))
     sections = _sections(spec, host, frequencies.double(), scale / unit[:, None], zero, unit)
     block = torch.cat([x.reshape(layout.heads, -1) for x in sections], 1)
     assert block.shape[1] * 4 == Constants(spec).size
     return GluonConstants(
-        block.contiguous().to(device), unit.float().to(device), frequencies.float().to(device),
+        block.contiguous().to(device), unit.float().to(device),
+        series_coefficients(frequencies).float().contiguous().to(device),
         _turn_fractions(frequencies.double()).to(device), rope_scale.float().to(device),
         order.to(torch.int32).to(device),
         host.value_gain.float().contiguous().to(device),
-        host.value_offset.float().contiguous().to(device), explicit, rotates, stretched,
+        host.value_offset.float().contiguous().to(device), explicit, terms, rotates, stretched,
     )  # fmt: skip
 
 
@@ -107,6 +144,8 @@ def _sections(
     if spec.scaled:
         centre = torch.full((heads, 16, 2), -float(BYTES_FROM + table_bias(bits[0])))
         out.append(half_words(*centre.unbind(-1)))
+    if spec.terms > 2:
+        out.append(_polynomials(spec).expand(heads, -1))
     if spec.layout.spec.key_slots:
         out.append(_outlier_table(spec, frequencies, unit))
     return out
@@ -178,7 +217,7 @@ def _turn_words(spec: GluonSpec, frequencies: Tensor) -> Tensor:
 def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
     """Words [H, groups, 3, t, 4] of scales and zeros; ``scale`` over the head's unit.
 
-    Explicit: a byte u becomes ``u 2**-24 scale + centre``, member by member. Linear: scales of
+    Explicit: a byte u becomes ``u 2**-24 scale + centre``, member by member. Series: scales of
     the fragment's four words, then the zeros of either member, both rows alike, less what bytes are
     too large by unless token scales apply to that.
     """
@@ -191,15 +230,24 @@ def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
     centre = (shift - table_bias(bits)) * s * small
     explicit = torch.stack([half_words(*x.unbind(-1)) for x in (s * 2**24 * small, centre)], -2)
     explicit = explicit.permute(0, 2, 1, 3, 4, 5).flatten(-2)  # head, group, member, t, kind half
-    linear = half_words(*s.unbind(-1)).permute(0, 2, 3, 1, 4).flatten(-2)
+    series = half_words(*s.unbind(-1)).permute(0, 2, 3, 1, 4).flatten(-2)
     if not spec.scaled:
         z = z - (BYTES_FROM + table_bias(bits))
     zeros = half_words(*z.unbind(-1)).permute(0, 2, 1, 3, 4).repeat_interleave(2, -1)
     n = spec.explicit
     out[:, :n, :2] = explicit[:, :n]
-    out[:, n:, 0] = linear[:, n:]
+    out[:, n:, 0] = series[:, n:]
     out[:, n:, 1:] = zeros[:, n:]
     return out
+
+
+def _polynomials(spec: GluonSpec) -> Tensor:
+    """Chebyshev's polynomials of the lanes' tokens, float32 as int32 [words]; see
+    :attr:`Constants.polynomials`."""
+    offset = (torch.arange(8)[:, None] * 4 + torch.tensor(TOKENS) - 32).double() / 32
+    values = torch.cos(torch.arange(spec.terms).view(-1, 1, 1) * torch.arccos(offset))
+    ordered = values.view(spec.span, 2, 8, 8).permute(0, 2, 3, 1)  # lane, g, token, parity
+    return ordered.float().contiguous().view(torch.int32).flatten()
 
 
 def _outlier_table(spec: GluonSpec, frequencies: Tensor, unit: Tensor) -> Tensor:
@@ -213,6 +261,7 @@ def _outlier_table(spec: GluonSpec, frequencies: Tensor, unit: Tensor) -> Tensor
     out[:, :, :2] = _turn_fractions(frequencies).repeat(2, 1)
     out[:, spec.pairs :, 2] = 1 << 30
     explicit = torch.arange(spec.pairs) < 16 * spec.explicit
-    share = torch.where(explicit, 2.0**-EXPLICIT_EXPONENT, 1.0).repeat(2) / HEADROOM
+    first = 1 / series_coefficients(frequencies)[:, 0].float()  # which their queries come with
+    share = torch.where(explicit, 2.0**-EXPLICIT_EXPONENT, first).repeat(2) / HEADROOM
     out[:, :, 3] = (share / unit.float()[:, None]).contiguous().view(torch.int32)
     return out

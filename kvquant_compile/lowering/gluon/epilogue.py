@@ -87,8 +87,9 @@ class EpilogueEmitter:
         """A warp merges one vector of sums of all warps."""
         groups, last = self.spec.value_groups, self._vectors - 1
         warps = range(self.spec.warps)
+        lane = "" if self.spec.span == 1 else f" & (t % {self.spec.span} == 0)"  # all hold the same
         self._write_vector(out, turn)
-        out(f"column = group * {COLUMN_GROUP} + t")
+        out(f"column = (group * {COLUMN_GROUP} + t) >> {self.spec.span // 2}")
         for w in warps:
             at = f"shared + {w * self.memory.stage}"
             state = f"{at + f' + {512 * self._vectors}'} + group * 64 + t * 16"
@@ -105,7 +106,7 @@ class EpilogueEmitter:
             f"seen = top > {NOTHING}",
             "over = gl.where(seen, 1.0 / whole, 0.0)",
             f"target = (base_row + column).to(gl.int64) * {self.spec.layout.value_dim} + channel",
-            f"writes = (mine <= {last}) & (split >= 0)",
+            f"writes = (mine <= {last}) & (split >= 0){lane}",
         )
         for i in range(4):
             out(

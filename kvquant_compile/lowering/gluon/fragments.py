@@ -116,14 +116,16 @@ def byte_product(d: Sequence[str], a: Sequence[str], b: Sequence[str], c: Sequen
     )
 
 
-def load_shared(out: KernelWriter, names: Sequence[str], address: str, *offsets: int) -> None:
-    """Load 16 bytes, as four variables, from every offset behind an address."""
+def load_shared(
+    out: KernelWriter, names: Sequence[str], address: str, *offsets: int, kind: str = "r"
+) -> None:
+    """Load 16 bytes, as four variables of a kind, from every offset behind an address."""
     count = 4 * len(offsets)
     text = "".join(
         f"ld.shared.v4.b32 {listed(registers(4 * i, 4))}, [${count}+{offset}];\n"
         for i, offset in enumerate(offsets)
     )
-    out.ptx(text, names, [address], name="LOAD16")
+    out.ptx(text, names, [address], into=kind * count, name="LOAD16")
 
 
 def load_codes(out: KernelWriter, names: Sequence[str], base: str, offset: int) -> None:

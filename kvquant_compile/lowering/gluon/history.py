@@ -31,7 +31,7 @@ _SIGNATURE = """
 @gluon.jit(do_not_specialize=["window", "pages"])
 def {name}(
     query, key, value, query_order, slots, history, table, positions, addresses, sinks,
-    sink_logits, constants, frequencies, turns, rope_scale, key_unit, gain, offset, counters,
+    sink_logits, constants, coefficients, turns, rope_scale, key_unit, gain, offset, counters,
     partial, partial_lse, output, output_lse,
     scale, softcap, window, rep, steps, pages, query_batch, query_head_stride, query_step,
     key_batch, key_head, key_step, value_batch, value_head, value_step, table_row, position_row,

@@ -5,9 +5,13 @@ turned by its position. For a page whose middle is at n, and i the token's offse
 score of a pair is ``(R(-n) q)' R(i) k``. Two rules, by how far a pair turns within half a page:
 
 * *explicit*: the bytes become halves, scaled, and are turned by a table of 64 offsets;
-* *linear*: ``R(i) = 1 + i dR`` to second order, so nothing happens to the key. Scales go into the
-  query (:mod:`.levels`), whose derivative is a second matrix column; bytes enter as 1024 + u, and
-  what that adds, as well as the zeros, is a constant and a slope per page.
+* *series*: with i in half pages, -1..1, and x the pair's angle over half a page, Jacobi and Anger's
+  ``cos(i x) = J0(x) - 2 J2(x) T2(i) + ..``, ``sin(i x) = 2 J1(x) T1(i) - 2 J3(x) T3(i) + ..`` (T
+  Chebyshev's polynomials, J Bessel's functions). Nothing happens to the key then: every term is a
+  matrix column of the query, and polynomials multiply sums. Scales go into the query
+  (:mod:`.levels`); bytes enter as 1024 + u, and what that adds, as well as the zeros, is a constant
+  per page and term. Two terms a query are free where it has two columns anyway; a lone query has
+  eight.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from kvquant_compile.lowering.gluon.fragments import (
     load_codes,
     load_shared,
     product,
+    reduce_lanes,
     table_words,
     unpack,
 )
@@ -34,7 +39,7 @@ from kvquant_compile.lowering.gluon.writer import KernelWriter, registers
 class KeyEmitter:
     """Writes scores ``s{group}_{j}`` of a lane's tokens j = 0..7 for its query of every group.
 
-    Sums of products are ``c{group}_{i}`` where fragments hold derivatives, else ``plain_{i}``; of
+    Sums of products are ``c{group}_{i}`` where fragments hold a series, else ``plain_{i}``; of
     the four that a lane has of a tile, r = i // 2 is one of its two tokens.
     """
 
@@ -50,6 +55,11 @@ class KeyEmitter:
             names = [f"z{pairs}_{i}" for i in range(8)]
             at = self.memory.constants + sections.scales + 192 * pairs
             load_shared(out, names, "shared + t * 16", at, at + 64)
+        if self.spec.terms > 2:
+            at = self.memory.constants + sections.polynomials
+            names = [f"{kind}{j}" for j in range(8) for kind in ("even", "odd")]
+            where = f"shared + ((t & {self.spec.span - 1}) * 8 + g) * 64"
+            load_shared(out, names, where, *range(at, at + 64, 16), kind="f")
 
     def scores(self, out: KernelWriter, chunk: int) -> None:
         """Scores of the lane's four tokens of a chunk."""
@@ -83,26 +93,26 @@ class KeyEmitter:
 
     @property
     def _passes_on(self) -> bool:
-        """Whether linear pairs add to the sums of explicit ones, whose odd columns are idle then.
+        """Whether a series adds to the sums of explicit pairs, whose odd columns are idle then.
 
         With a second group of columns they are not, and both sums are added in the end."""
         return self.spec.groups == 1
 
     def _starts(self, pairs: int) -> list[str]:
-        """What the first products of a tile start from: bytes' levels and slopes, or zero."""
-        if self._derivatives(pairs):
+        """What the first products of a tile start from: bytes' levels, or zero."""
+        if self._series(pairs):
             if pairs and self._passes_on:
                 return [f"plain_{i}" for i in range(4)]
             return [f"bytes{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
-        linear = bool(self.spec.linear) and (self._passes_on or not self.spec.rotates)
-        return [f"bytes0_{i}" if linear else "zero" for i in range(4)]
+        level = bool(self.spec.series) and (self._passes_on or not self.spec.rotates)
+        return [f"bytes0_{i}" if level else "zero" for i in range(4)]
 
-    def _derivatives(self, pairs: int) -> bool:
-        """Whether the fragments of a group of pairs hold derivatives."""
+    def _series(self, pairs: int) -> bool:
+        """Whether the fragments of a group of pairs hold terms of a series."""
         return self.spec.rotates and pairs >= self.spec.explicit
 
     def _sums(self, pairs: int) -> list[str]:
-        if not self._derivatives(pairs):
+        if not self._series(pairs):
             return [f"plain_{i}" for i in range(4)]
         return [f"c{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
 
@@ -112,7 +122,7 @@ class KeyEmitter:
         kept, fragments = "q" if self.spec.rotates else "p", self.spec.fragments(pairs)
         queries = [f"{kept}{fragment}_{pairs}_{x}" for fragment in fragments for x in WORDS]
         sums = self._sums(pairs)
-        begins = pairs == 0 or self._derivatives(pairs) != self._derivatives(pairs - 1)
+        begins = pairs == 0 or self._series(pairs) != self._series(pairs - 1)
         before = self._starts(pairs) if begins else sums
         extra: list[str] = []
         if pairs < self.spec.explicit:
@@ -123,7 +133,7 @@ class KeyEmitter:
         inputs = [*selectors, *codes, *queries, *extra, *before]
         kinds = "r" * (len(inputs) - len(before)) + "f" * len(before)
         text = _product_text(len(fragments), len(codes), bool(extra))
-        name = "KEYS_EXPLICIT" if extra else "KEYS_LINEAR"
+        name = "KEYS_EXPLICIT" if extra else "KEYS_SERIES"
         out.ptx(text, sums, inputs, kinds=kinds, into="f" * len(sums), name=name)
         if extra and self.spec.zero_fragments:
             self._multiply_zeros(out, tile, pairs)
@@ -141,39 +151,44 @@ class KeyEmitter:
         text += product(d, [f"b{i}" for i in range(4)], q[2:], d)
         before = sums
         if pairs == 0:
-            start = "zeros0_{}" if self.spec.linear and self._passes_on else "zero"
+            start = "zeros0_{}" if self.spec.series and self._passes_on else "zero"
             before = [start.format(i) for i in range(4)]
         inputs = ["shared + lane * 16", *(f"q0_{pairs}_{x}" for x in WORDS), *before]
         out.ptx(text, sums, inputs, kinds="rrrrrffff", into="ffff", name="KEY_ZEROS")
 
     def _finish(self, out: KernelWriter, j: int, r: int) -> None:
         """The score of one token from its products."""
-        # offset from the page's middle, in half pages
-        where = f"(middle + {TOKENS[j] / 32})"
-        sloped = self.spec.rotates and bool(self.spec.linear)
+        turns = self.spec.rotates and bool(self.spec.series)
         for group in range(self.spec.groups):
-            column = 2 * r + group
-            terms = [] if sloped and self._passes_on else [f"plain_{column}"]
-            if sloped:
-                terms += [f"c{group}_{2 * r}", f"{where} * c{group}_{2 * r + 1}"]
-                if not self.spec.explicit:
-                    terms = terms[-2:]
+            terms = [] if turns and self._passes_on else [f"plain_{2 * r + group}"]
+            if turns:
+                sums = (f"c{group}_{2 * r}", f"c{group}_{2 * r + 1}")
+                terms = [*(terms if self.spec.explicit else []), self._by_offset(j, *sums)]
             score = " + ".join(terms)
             if self.spec.scaled:
-                score = " + ".join([f"scale{j} * ({score})", *self._zeros(group, r, where)])
+                score = " + ".join([f"scale{j} * ({score})", *self._zeros(group, j, r)])
             out(f"s{group}_{j} = {score}")
+            if self.spec.span > 1:  # terms are spread over the token's lanes
+                reduce_lanes(out, f"s{group}_{j}", "{} + {}", lanes=(1, 2)[: self.spec.span // 2])
 
-    def _zeros(self, group: int, r: int, where: str) -> list[str]:
+    def _by_offset(self, j: int, even: str, odd: str) -> str:
+        """The lane's two terms of a series, by the token's offset."""
+        if self.spec.terms > 2:
+            return f"even{j} * {even} + odd{j} * {odd}"
+        return f"{even} + (middle + {TOKENS[j] / 32}) * {odd}"  # in half pages
+
+    def _zeros(self, group: int, j: int, r: int) -> list[str]:
         """What zeros add to a scaled score."""
-        sloped = self.spec.rotates and bool(self.spec.linear)
+        turns = self.spec.rotates and bool(self.spec.series)
         terms = []
         if self.spec.zero_fragments:
+            if turns and self._passes_on:
+                return [self._by_offset(j, f"turned_{2 * r}", f"turned_{2 * r + 1}")]
             terms.append(f"turned_{2 * r + group}")
-            if sloped and self._passes_on:
-                return [*terms, f"{where} * turned_{2 * r + 1}"]
-        if sloped:
-            terms += [f"zeros{group}_{2 * r}", f"{where} * zeros{group}_{2 * r + 1}"]
-        elif self.spec.linear:
+        if turns:
+            sums = (f"zeros{group}_{2 * r}", f"zeros{group}_{2 * r + 1}")
+            terms.append(self._by_offset(j, *sums))
+        elif self.spec.series:
             terms.append(f"zeros0_{group}")
         return terms
 

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import CacheView, Site
-from kvquant_compile.lowering.gluon.constants import GluonConstants, gluon_constants
+from kvquant_compile.lowering.gluon.constants import (
+    GluonConstants,
+    gluon_constants,
+    series_terms,
+)
 from kvquant_compile.lowering.gluon.module import gluon_kernel
 from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec, Memory, unsupported
 from kvquant_compile.lowering.remembered import Remembered
@@ -44,7 +48,8 @@ def bulk_copies(device: torch.device) -> bool:
 def gluon_spec(
     layout: PageLayout, constants: GluonConstants, site: Site, columns: int, *, bulk: bool
 ) -> GluonSpec:
-    """The kernel that an attention site needs for ``columns`` query columns a kv head."""
+    """The kernel that an attention site needs for ``columns`` queries a kv head, whose terms are
+    those of the constants."""
     return GluonSpec(
         layout=layout,
         rotates=constants.rotates,
@@ -56,6 +61,7 @@ def gluon_spec(
         stretched=constants.stretched,
         dynamic=not torch.are_deterministic_algorithms_enabled(),
         bulk=bulk,
+        terms=constants.terms,
     )
 
 
@@ -75,9 +81,10 @@ def attend(
     step's are among them: ``exact_chunk`` must be true.
     """
     layout = cache.layout
-    constants = _constants(layout, cache.tables, cache.geometry)
     batch, query_heads, steps, _ = query.shape
     rep = query_heads // layout.heads
+    terms = series_terms(layout, rep * steps)
+    constants = _constants(layout, cache.tables, cache.geometry, terms)
     spec = gluon_spec(layout, constants, site, rep * steps, bulk=bulk_copies(query.device))
     tiles = -(-rep * steps // spec.columns)
     programs = batch * layout.heads * tiles
@@ -94,7 +101,7 @@ def attend(
         query, key, value, constants.query_order, slots, history, cache.table, cache.positions,
         cache.pages[0] if one_slab else page_addresses(cache.pages), cache.sinks,
         lse if logits is None else logits,
-        constants.block, constants.frequencies, constants.turns, constants.rope_scale,
+        constants.block, constants.coefficients, constants.turns, constants.rope_scale,
         constants.key_unit, constants.gain, constants.offset, _counters(cache.table, programs),
         partial, partial_lse, output, lse,
         site.scale, site.softcap, site.window, rep, steps, pages,
@@ -148,13 +155,18 @@ def _filled(programs: int, resident: int) -> float:
     return programs / (-(-programs // resident) * resident)
 
 
-_CONSTANTS: Remembered[GluonConstants] = Remembered()
+_CONSTANTS: Remembered[dict[int, GluonConstants]] = Remembered()
 _COUNTERS: Remembered[dict[int, Tensor]] = Remembered()
 
 
-def _constants(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> GluonConstants:
-    """A layer's constants, made once for its tables."""
-    return _CONSTANTS.get(tables[0], lambda: gluon_constants(layout, tables, geometry))
+def _constants(
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], terms: int
+) -> GluonConstants:
+    """A layer's constants, made once for its tables and queries of so many terms."""
+    known = _CONSTANTS.get(tables[0], dict)
+    if terms not in known:
+        known[terms] = gluon_constants(layout, tables, geometry, terms)
+    return known[terms]
 
 
 def _counters(table: Tensor, programs: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""Scales, centres and zeros of the pairs that take the linear rule, on the queries' side.
+"""Scales, centres and zeros of the pairs whose rotation is a series, on the queries' side.
 
 A query word carries its channels' scales. What is left of a key then, besides its bytes, is the
-same for all tokens of a page but for the token scale: a level for every query and, where it has a
-derivative, a slope.
+same for all tokens of a page but for the token scale: a level for every column.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class LevelEmitter:
 
     def prologue(self, out: KernelWriter) -> None:
         """Scales into the queries that every page turns."""
-        if not (self.spec.rotates and self.spec.linear):
+        if not (self.spec.rotates and self.spec.series):
             return
-        for pairs in self.spec.linear:
+        for pairs in self.spec.series:
             at = self.memory.constants + Constants(self.spec).scales + 192 * pairs
             load_shared(out, [f"e{i}" for i in range(4)], "shared + t * 16", at)
             for fragment in self.spec.fragments(pairs):
@@ -56,9 +55,9 @@ class LevelEmitter:
 
         Products with the same key in every row leave ``bytes{fragment}_{0..3}`` and
         ``zeros{fragment}_{0..3}``: a level for the fragment's even columns and one for the odd,
-        twice. Where derivatives are, the odd one is a slope, by the token's offset.
+        twice.
         """
-        if not self.spec.linear:
+        if not self.spec.series:
             return
         out("", "# scales into queries; what centres and zeros add to every score")
         scales = self.memory.constants + Constants(self.spec).scales
@@ -68,7 +67,7 @@ class LevelEmitter:
         if self.spec.scaled:
             centre = self.memory.constants + Constants(self.spec).centre
             load_shared(out, [f"k{i}" for i in range(4)], "shared + t * 16", centre)
-        for pairs in self.spec.linear:
+        for pairs in self.spec.series:
             at = [scales + 192 * pairs + 64 * k for k in range(3)]
             if self.spec.rotates:  # scales are in the queries already
                 load_shared(out, [f"e{i}" for i in range(4, 12)], "shared + t * 16", *at[1:])

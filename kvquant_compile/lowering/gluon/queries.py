@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import load_shared, reduce_lanes, warp_sync
-from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.spec import (
+    COLUMN_GROUP,
+    MOST_TERMS,
+    Constants,
+    GluonSpec,
+    Memory,
+)
 from kvquant_compile.lowering.gluon.writer import KernelWriter
 
 EXPLICIT_EXPONENT = 9
@@ -20,9 +26,9 @@ _PARTS = [(member, half) for member in range(2) for half in range(2)]
 class QueryEmitter:
     """Writes fragment words ``q{fragment}_{pairs}_{a0|a1|b0|b1}``.
 
-    For pairs that take the linear rule, a column pair of a product is one query: the even column
-    holds the query, the odd one its derivative by the token's offset, and every group of columns
-    has a fragment. Elsewhere the odd columns hold the queries of the second group, if there is one.
+    Where a rotation is a series, a query takes as many columns of a product as that has terms,
+    and every group of columns has a fragment. Elsewhere it takes its first column, and the odd ones
+    hold the queries of the second group, if there is one.
     """
 
     spec: GluonSpec
@@ -42,18 +48,19 @@ class QueryEmitter:
             if self.spec.stretched:
                 out(f"stretch_{name} = gl.load(rope_scale + {at})")
             if self.spec.rotates and pairs >= self.spec.explicit:
-                out(f"turn_{name} = gl.load(frequencies + {at})")
+                row = f"coefficients + ({at}) * {MOST_TERMS}"
+                out(f"term_{name} = gl.load({row} + (g & {self.spec.terms - 1}))")
         for group in range(self.spec.groups):
             self._load_column(out, group)
 
     def prologue(self, out: KernelWriter) -> None:
         """Normalise and store (or, without RoPE, keep) all fragments."""
-        out("", "# queries, each over its largest magnitude", "derivative = g & 1")
+        out("", "# queries, each over its largest magnitude", "odd = g & 1")
+        if self.spec.span > 1:
+            out(f"degree = g & {self.spec.terms - 1}")
         for group in range(self.spec.groups):
             self._normalise(out, group)
         for pairs in range(self.spec.key_groups):
-            if self.spec.rotates and pairs >= self.spec.explicit:
-                self._derivatives(out, pairs)
             for fragment in self.spec.fragments(pairs):
                 self._fragment(out, fragment, pairs)
         if self.spec.rotates:
@@ -65,8 +72,9 @@ class QueryEmitter:
 
     def _load_column(self, out: KernelWriter, group: int) -> None:
         """The lane's elements ``x{group}_{pairs}_{member}{half}{low}`` of a query, as they are."""
+        columns, bits = self.spec.columns, self.spec.span.bit_length()
         out(
-            f"column = tile * {self.spec.columns} + {COLUMN_GROUP * group} + (g >> 1)",
+            f"column = tile * {columns} + {COLUMN_GROUP * group} + (g >> {bits})",
             "real = column < rep * steps",
             "rows = query + row.to(gl.int64) * query_batch"
             " + (head * rep + column // steps) * query_head_stride + (column % steps) * query_step",
@@ -96,14 +104,6 @@ class QueryEmitter:
         log = "" if self.spec.softcap else " * 1.4426950408889634"
         out(f"unit{group} = own * (scale * key_scale{log})")
 
-    def _derivatives(self, out: KernelWriter, pairs: int) -> None:
-        """Derivatives by half a page: ``sin(i x)``, i in -1..1, as i times ``x - x**3 / 8``."""
-        for half, low in itertools.product(range(2), range(2)):
-            out(
-                f"angle = 32.0 * turn_{pairs}_{half}{low}",
-                f"slope{half}{low} = angle * (1.0 - angle * angle * 0.125)",
-            )
-
     def _fragment(self, out: KernelWriter, fragment: int, pairs: int) -> None:
         names = {}
         for part in _PARTS:
@@ -125,12 +125,13 @@ class QueryEmitter:
             return f"x{group}_{pairs}_{member}{half}{low} * inverse{group}"
 
         if self.spec.rotates and pairs >= self.spec.explicit:
-            sign = "-" if member else ""
-            odd = f"{sign}{query(fragment, 1 - member)} * slope{half}{low}"
-            return f"gl.where(derivative == 0, {query(fragment, member)}, {odd})"
-        odd = query(1, member) if self.spec.groups == 2 else "0.0"
+            turned = f"{'-' if member else ''}{query(fragment, 1 - member)}"
+            term = f"term_{pairs}_{half}{low}"
+            return f"gl.where(odd == 0, {query(fragment, member)}, {turned}) * {term}"
+        other = query(1, member) if self.spec.groups == 2 else "0.0"
         larger = f" * {float(2**EXPLICIT_EXPONENT)}" if self.spec.rotates else ""
-        return f"gl.where(derivative == 0, {query(0, member)}, {odd}){larger}"
+        column = "odd" if self.spec.span == 1 else "degree"
+        return f"gl.where({column} == 0, {query(0, member)}, {other}){larger}"
 
     def _angle_addresses(self, out: KernelWriter) -> None:
         """Where the lane's angles of a page's base go; a lane works out one word of either."""

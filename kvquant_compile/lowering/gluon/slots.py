@@ -46,7 +46,7 @@ class KeySlotEmitter:
         for group in range(self.spec.groups):
             for pairs in range(self.spec.key_groups):
                 fragment = min(group, self.spec.fragments(pairs)[-1])
-                other = "derivative" if fragment == group else "1 - derivative"
+                other = "odd" if fragment == group else "1 - odd"
                 for half in range(2):
                     at = self.memory.key_slot_bytes * group + 256 * pairs + 128 * half
                     words = [f"q{fragment}_{pairs}_{member}{half}" for member in "ab"]

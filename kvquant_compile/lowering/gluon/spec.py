@@ -9,10 +9,13 @@ from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import PAGE_TOKENS
 
 COLUMN_GROUP = 4
-"""Query columns of one matrix product: eight columns hold four queries and their derivatives."""
+"""Pairs of columns of one matrix product; a query takes one, two or four."""
 
-LINEAR_LIMIT = 0.05
-"""Largest angle, in radians over half a page, at which a rotation is taken as linear."""
+MOST_TERMS = 2 * COLUMN_GROUP
+
+SERIES_LIMITS = {2: 0.05, 4: 0.7, 8: 3.21}
+"""Number of terms -> the largest angle, in radians over half a page, that so many terms of a
+rotation's series reach: to 6e-4, 1.3e-3 and 1.6e-3 at the far ends of a page."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,9 @@ class GluonSpec:
     Attributes:
         layout: the page layout; the number of heads plays no part.
         rotates: whether keys turn at all.
-        explicit: leading groups of sixteen RoPE pairs whose keys are rotated; the queries take the
-            linear rule for the others (see :mod:`.keys`).
-        groups: of four query columns a program, 1 or 2.
+        explicit: leading groups of sixteen RoPE pairs whose keys are rotated; the others' rotation
+            is a series on the queries' side (see :mod:`.keys`).
+        groups: of four pairs of query columns a program, 1 or 2.
         softcap, window: whether the site has them.
         reorder: whether queries have to be brought into pair order.
         stretched: whether any pair has a RoPE scale other than 1.
@@ -33,6 +36,8 @@ class GluonSpec:
         bulk: whether pages come by the copy engine of compute capability 9 and later, or by the
             lanes' own copies (see :mod:`.copies`).
         warps: of a program.
+        terms: of the series, 2, 4 or 8: how many columns a query takes. More than 2 with one group,
+            and without key slots.
     """
 
     layout: PageLayout
@@ -46,6 +51,7 @@ class GluonSpec:
     dynamic: bool = True
     bulk: bool = True
     warps: int = 4
+    terms: int = 2
 
     @property
     def key_groups(self) -> int:
@@ -53,8 +59,8 @@ class GluonSpec:
         return padded(self.layout.key_dim) // 32
 
     @property
-    def linear(self) -> range:
-        """Groups of pairs that take the linear rule."""
+    def series(self) -> range:
+        """Groups of pairs whose rotation is a series."""
         return range(self.explicit, self.key_groups)
 
     @property
@@ -74,14 +80,19 @@ class GluonSpec:
 
     @property
     def columns(self) -> int:
-        """Query columns of a program."""
-        return COLUMN_GROUP * self.groups
+        """Queries of a program."""
+        return COLUMN_GROUP * self.groups // self.span
+
+    @property
+    def span(self) -> int:
+        """Pairs of columns, and so lanes of a token, that a query takes."""
+        return self.terms // 2
 
     def fragments(self, pairs: int) -> range:
         """Query fragments of a group of sixteen pairs: one for each group of columns, or one for
-        all where no derivatives need columns (see :mod:`.queries`)."""
-        linear = self.rotates and pairs >= self.explicit
-        return range(self.groups if linear else 1)
+        all where no series needs columns (see :mod:`.queries`)."""
+        series = self.rotates and pairs >= self.explicit
+        return range(self.groups if series else 1)
 
     @property
     def scaled(self) -> bool:
@@ -104,6 +115,7 @@ class GluonSpec:
                 ("_window", self.window), ("_order", self.reorder),
                 ("_stretched", self.stretched), ("_static", not self.dynamic),
                 ("_lanes", not self.bulk), (f"_recent{s.recent_tokens}", s.recent_tokens),
+                (f"_terms{self.terms}", self.terms > 2),
             )
             if on
         )  # fmt: skip
@@ -157,11 +169,11 @@ class Memory:
     @functools.cached_property
     def queries(self) -> int:
         """Query fragments, which every page turns anew: [group of pairs, group][lane][16 B]; those
-        of linear pairs twice."""
+        of series twice."""
         return self.spec.warps * self.stage
 
     def query(self, pairs: int, fragment: int) -> int:
-        """A fragment's words; :attr:`query_bytes` behind them, of linear pairs, their partners."""
+        """A fragment's words; :attr:`query_bytes` behind them, of series, their partners."""
         return self.queries + 512 * (pairs * self.spec.groups + fragment)
 
     @property
@@ -260,9 +272,15 @@ class Constants:
         return self.tables + 128
 
     @property
+    def polynomials(self) -> int:
+        """[lane of a query][g][token of the lane][even, odd] float32: what the lane's two terms are
+        to be multiplied by, where there are more than two."""
+        return self.centre + (64 if self.spec.scaled else 0)
+
+    @property
     def outliers(self) -> int:
         """[channel][frequency (two words), phase, factor], where keys have slots."""
-        return self.centre + (64 if self.spec.scaled else 0)
+        return self.polynomials + (512 * self.spec.span if self.spec.terms > 2 else 0)
 
     @property
     def size(self) -> int:

@@ -170,8 +170,9 @@ class VisibilityEmitter:
 
     def _columns(self, out: KernelWriter, group: int) -> None:
         """``start`` and ``stop``: tokens that the lane's query sees."""
+        columns = self.spec.columns
         out(
-            f"column = tile * {self.spec.columns} + {COLUMN_GROUP * group} + t",
+            f"column = tile * {columns} + {COLUMN_GROUP * group} + (t >> {self.spec.span // 2})",
             "slot = gl.load(slots + row * slot_row + column % steps,"
             " mask=column < rep * steps, other=newest)",
             "stop = gl.minimum(limit, slot + 1)",

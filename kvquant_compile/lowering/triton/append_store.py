@@ -42,6 +42,17 @@ def _set_words(
 
 
 @triton.jit
+def _key_channel(selector, t, KH: tl.constexpr, KL: tl.constexpr, SELECTORS: tl.constexpr):
+    """Channel of a key's code in nibble (KH, KL) of a selector, in fragment column ``t``."""
+    pairs: tl.constexpr = 4 * SELECTORS
+    whole: tl.constexpr = pairs // 16
+    piece = selector % (SELECTORS // 2)
+    channel = piece % 2 * pairs + 16 * (piece // 2) + 8 * KH + 2 * t + KL
+    tail = KH * pairs + 16 * whole + 2 * t + KL
+    return tl.where(piece >= 2 * whole, tail, channel)
+
+
+@triton.jit
 def set_codes(
     words, codes, start, count, part,
     KEYS: tl.constexpr, BITS: tl.constexpr, SELECTORS: tl.constexpr, PER_LANE: tl.constexpr,
@@ -54,7 +65,6 @@ def set_codes(
     of the page are new; ``codes`` points at [TOKENS, ROW] of them, a row for each of
     the sixteen, or one for the only new one.
     """
-    pairs: tl.constexpr = 4 * SELECTORS
     per_tile: tl.constexpr = SELECTORS // 2
     per_section: tl.constexpr = GROUPS // 2 if APART else GROUPS
     low_bits: tl.constexpr = BITS if BITS < 4 else 4
@@ -78,11 +88,8 @@ def set_codes(
         for nibble in tl.static_range(8):
             r, kh, kl = nibble // 4, nibble // 2 % 2, nibble % 2
             if KEYS:
-                piece = selector % per_tile
                 token = 32 * chunk + 4 * g + 2 * (selector // per_tile) + r
-                channel = piece % 2 * pairs + 16 * (piece // 2) + 8 * kh + 2 * t + kl
-                tail = kh * pairs + 16 * (pairs // 16) + 2 * t + kl
-                channel = tl.where(piece >= 2 * (pairs // 16), tail, channel)
+                channel = _key_channel(selector, t, kh, kl, SELECTORS)
             else:
                 token = 32 * chunk + 8 * t + 4 * kh + 2 * (selector % 2) + kl
                 channel = g * SELECTORS + 2 * (selector // 2) + r
@@ -130,7 +137,6 @@ def token_codes(
 ):  # fmt: skip
     """What the token ``first`` of a page has in selectors: low and high nibbles, and a 1 in each
     nibble that is its. ``codes`` as ``code_bytes`` leaves them, the others [N] lanes."""
-    pairs: tl.constexpr = 4 * SELECTORS
     per_tile: tl.constexpr = SELECTORS // 2
     last: tl.constexpr = 4 * codes.shape[0] - 1
     chunk = section if APART else index // SELECTORS
@@ -141,11 +147,7 @@ def token_codes(
     high, ones = low, low
     for i in tl.static_range(4 if KEYS else 2):
         if KEYS:
-            kh, kl = i // 2, i % 2
-            piece = selector % per_tile
-            channel = piece % 2 * pairs + 16 * (piece // 2) + 8 * kh + 2 * row + kl
-            tail = kh * pairs + 16 * (pairs // 16) + 2 * row + kl
-            channel = tl.where(piece >= 2 * (pairs // 16), tail, channel)
+            channel = _key_channel(selector, row, i // 2, i % 2, SELECTORS)
         else:
             channel = row * SELECTORS + 2 * (selector // 2) + i
         nibble = 4 * i if KEYS else 16 * i

@@ -88,6 +88,73 @@ def _absorb_ring(
 
 
 @triton.jit
+def _absorb_parts(
+    peak, mass, total, partial, partial_lse, first, stride, splits,
+    VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr,
+):  # fmt: skip
+    """Add the partial results ``first + stride * split`` of the pages, sixteen at a time."""
+    v = tl.arange(0, VALUE_POW2)
+    for begin in range(0, splits, 16):
+        part = begin + tl.arange(0, 16)
+        at = first + part * stride
+        lse = tl.load(partial_lse + at, mask=part < splits, other=float("-inf"))
+        there = (lse > float("-inf"))[:, None] & (v < VALUE_DIM)[None, :]
+        sums = tl.load(partial + at[:, None] * VALUE_DIM + v[None, :], mask=there, other=0.0)
+        peak, mass, total = _absorb(peak, mass, total, lse, sums)
+    return peak, mass, total
+
+
+@triton.jit
+def _absorb_leading(
+    peak, mass, total, rows, base, positions, slot, stored, query_order, turns, rope_scale,
+    scale, softcap, window,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr, PAIRS: tl.constexpr,
+    PAIRS_POW2: tl.constexpr, SINKS: tl.constexpr, SINKS_POW2: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Add the exact leading tokens."""
+    width: tl.constexpr = 2 * PAIRS + VALUE_DIM
+    n, v = tl.arange(0, SINKS_POW2), tl.arange(0, VALUE_POW2)
+    seen = (n < SINKS) & (n < stored) & (n <= slot)
+    if WINDOW:
+        seen &= n > slot - window
+    place = tl.load(positions + n, mask=seen, other=-1)
+    x = _stored_scores(
+        rows, base, n, n < SINKS, place, tl.arange(0, PAIRS_POW2), query_order, turns, rope_scale,
+        DIM, PAIRS, width, ORDER, ROPE, NATIVE,
+    )  # fmt: skip
+    x = tl.where(seen & (place >= 0), _capped(x * scale, softcap, CAP), float("-inf"))
+    values = base + n[:, None] * width + 2 * PAIRS + v[None, :]
+    inside = (n < SINKS)[:, None] & (v < VALUE_DIM)[None, :]
+    values = tl.load(values, mask=inside, other=0.0).to(tl.float32)
+    return _absorb(peak, mass, total, x, values)
+
+
+@triton.jit
+def _absorb_own(
+    peak, mass, total, rows, keys, values, slots, slot, step, steps, key_step, value_step,
+    scale, softcap, window,
+    DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_POW2: tl.constexpr,
+    OWN: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Add the step's own tokens up to the query's."""
+    n, d, v = tl.arange(0, OWN), tl.arange(0, DIM_POW2), tl.arange(0, VALUE_POW2)
+    there = (n < steps)[:, None]
+    q = tl.load(rows + d, mask=d < DIM, other=0.0).to(tl.float32)
+    keys += n[:, None] * key_step + d[None, :]
+    keys = tl.load(keys, mask=there & (d < DIM)[None, :], other=0.0).to(tl.float32)
+    place = tl.load(slots + n, mask=n < steps, other=-1)
+    seen = (n <= step) & (place >= 0) & (slot >= 0)
+    if WINDOW:
+        seen &= place > slot - window
+    x = _capped(tl.sum(keys * q[None, :], 1) * scale, softcap, CAP)
+    values += n[:, None] * value_step + v[None, :]
+    values = tl.load(values, mask=there & (v < VALUE_DIM)[None, :], other=0.0).to(tl.float32)
+    x = tl.where(seen, x, float("-inf"))
+    return _absorb(peak, mass, total, x, values)
+
+
+@triton.jit
 def merge_kernel(
     partial, partial_lse, query, key, value, slots, positions, history, sinks, sink_logits,
     query_order, turns, rope_scale, output, output_lse,
@@ -111,9 +178,9 @@ def merge_kernel(
     query_id = tl.program_id(0) % query_heads
     head = query_id // rep
     step = tl.program_id(1)
-    slot = tl.load(slots + row * slot_row + step)
-    v = tl.arange(0, VALUE_POW2)
-    wide = (v < VALUE_DIM)[None, :]
+    slots += row * slot_row
+    positions += row * position_row
+    slot = tl.load(slots + step)
     rows = query + row * query_batch + query_id * query_head + step * query_step
     peak = tl.full([1], float("-inf"), tl.float32)
     mass = tl.zeros([1], tl.float32)
@@ -121,67 +188,44 @@ def merge_kernel(
 
     column = (query_id % rep) * steps + step
     tile = (row * heads + head) * tiles + column // columns
-    for first in range(0, splits, 16):
-        part = first + tl.arange(0, 16)
-        at = (tile * splits + part) * columns + column % columns
-        lse = tl.load(partial_lse + at, mask=part < splits, other=float("-inf"))
-        there = (lse > float("-inf"))[:, None] & wide
-        sums = tl.load(partial + at[:, None] * VALUE_DIM + v[None, :], mask=there, other=0.0)
-        peak, mass, total = _absorb(peak, mass, total, lse, sums)
-
+    peak, mass, total = _absorb_parts(
+        peak, mass, total, partial, partial_lse, tile * splits * columns + column % columns,
+        columns, splits, VALUE_DIM, VALUE_POW2,
+    )  # fmt: skip
     width: tl.constexpr = 2 * PAIRS + VALUE_DIM
     base = exact_base(sinks, row * heads + head, SINKS, RING, width)
     if SINKS > 0:
-        n = tl.arange(0, SINKS_POW2)
         stored = tl.load(history + row)
         if not EXACT:
             stored = tl.maximum(stored, slot + 1)
-        seen = (n < SINKS) & (n < stored) & (n <= slot)
-        if WINDOW:
-            seen &= n > slot - window
-        place = tl.load(positions + row * position_row + n, mask=seen, other=-1)
-        x = _stored_scores(
-            rows, base, n, n < SINKS, place, tl.arange(0, PAIRS_POW2), query_order, turns,
-            rope_scale, DIM, PAIRS, width, ORDER, ROPE, NATIVE,
+        peak, mass, total = _absorb_leading(
+            peak, mass, total, rows, base, positions, slot, stored, query_order, turns, rope_scale,
+            scale, softcap, window, DIM, VALUE_DIM, VALUE_POW2, PAIRS, PAIRS_POW2, SINKS,
+            SINKS_POW2, CAP, WINDOW, ORDER, ROPE, NATIVE,
         )  # fmt: skip
-        x = tl.where(seen & (place >= 0), _capped(x * scale, softcap, CAP), float("-inf"))
-        exact = base + n[:, None] * width + 2 * PAIRS + v[None, :]
-        exact = tl.load(exact, mask=(n < SINKS)[:, None] & wide, other=0.0).to(tl.float32)
-        peak, mass, total = _absorb(peak, mass, total, x, exact)
-
     if RING > 0:
         oldest = tl.maximum(tl.load(ring_state(sinks, row, heads, SINKS, RING, width)), SINKS)
         peak, mass, total = _absorb_ring(
-            peak, mass, total, rows, base, positions + row * position_row, slot, oldest,
-            tl.load(history + row), query_order, turns, rope_scale, scale, softcap, window,
-            DIM, VALUE_DIM, VALUE_POW2, PAIRS, PAIRS_POW2, SINKS, RING, CAP, WINDOW, ORDER, ROPE,
-            NATIVE,
+            peak, mass, total, rows, base, positions, slot, oldest, tl.load(history + row),
+            query_order, turns, rope_scale, scale, softcap, window, DIM, VALUE_DIM, VALUE_POW2,
+            PAIRS, PAIRS_POW2, SINKS, RING, CAP, WINDOW, ORDER, ROPE, NATIVE,
+        )  # fmt: skip
+    if OWN > 0:
+        keys = key + row * key_batch + head * key_head
+        values = value + row * value_batch + head * value_head
+        peak, mass, total = _absorb_own(
+            peak, mass, total, rows, keys, values, slots, slot, step, steps, key_step, value_step,
+            scale, softcap, window, DIM, DIM_POW2, VALUE_DIM, VALUE_POW2, OWN, CAP, WINDOW,
         )  # fmt: skip
 
-    if OWN > 0:
-        n = tl.arange(0, OWN)
-        d = tl.arange(0, DIM_POW2)
-        there = (n < steps)[:, None]
-        q = tl.load(rows + d, mask=d < DIM, other=0.0).to(tl.float32)
-        keys = key + row * key_batch + head * key_head + n[:, None] * key_step + d[None, :]
-        keys = tl.load(keys, mask=there & (d < DIM)[None, :], other=0.0).to(tl.float32)
-        place = tl.load(slots + row * slot_row + n, mask=n < steps, other=-1)
-        seen = (n <= step) & (place >= 0) & (slot >= 0)
-        if WINDOW:
-            seen &= place > slot - window
-        x = _capped(tl.sum(keys * q[None, :], 1) * scale, softcap, CAP)
-        exact = value + row * value_batch + head * value_head + n[:, None] * value_step + v[None, :]
-        exact = tl.load(exact, mask=there & wide, other=0.0).to(tl.float32)
-        x = tl.where(seen, x, float("-inf"))
-        peak, mass, total = _absorb(peak, mass, total, x, exact)
-
     at = (row * query_heads + query_id) * steps + step
-    one = tl.arange(0, 1)
+    one, v = tl.arange(0, 1), tl.arange(0, VALUE_POW2)
     if LOGITS:
         logit = tl.load(sink_logits + query_id + one).to(tl.float32) * 1.4426950408889634
         peak, mass, total = _absorb(peak, mass, total, logit, total * 0.0)
     result = total * tl.where(mass > 0, 1.0 / mass, 0.0)[:, None]
     target = ((row * steps + step) * query_heads + query_id).to(tl.int64) * VALUE_DIM
+    wide = (v < VALUE_DIM)[None, :]
     tl.store(output + target + v[None, :], result.to(output.dtype.element_ty), mask=wide)
     log = tl.where(mass > 0, (peak + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
     tl.store(output_lse + at + one, log)
