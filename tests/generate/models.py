@@ -77,11 +77,17 @@ def lossless() -> Pair:
 
 
 @functools.cache
-def three_bits(kind: str = "llama") -> PreTrainedModel:
-    """Optimised at 3 bits."""
+def three_bits(kind: str = "llama", recent: int | None = None) -> PreTrainedModel:
+    """Optimised at 3 bits. With ``recent=0`` no last tokens are exact, so that a cache is the same
+    however its tokens came; a ring holds those that no later step has overwritten."""
     calibration = prompts(kind, 4, 64, seed=7)
     return kvquant_compile.optimize(
-        load(kind), bits=3, calibration=calibration, sensitivity="none", progress=False
+        load(kind),
+        bits=3,
+        calibration=calibration,
+        sensitivity="none",
+        progress=False,
+        recent_window=recent,
     )
 
 

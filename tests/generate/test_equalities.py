@@ -68,6 +68,14 @@ def model(case: tuple[str, int]) -> Iterator[PreTrainedModel]:
         yield model
 
 
+@pytest.fixture
+def paged(case: tuple[str, int]) -> Iterator[PreTrainedModel]:
+    """The same without a ring, which depends on how tokens came."""
+    kind, bits = case
+    with raw_pages(kind) if bits == 16 else contextlib.nullcontext(three_bits(kind, 0)) as model:
+        yield model
+
+
 @pytest.fixture(params=[pytest.param(kind, marks=marks) for kind, marks in LOSSLESS])
 def twins(request: pytest.FixtureRequest) -> Iterator[tuple[str, Pair]]:
     """A kind of model, its original and its lossless one."""
@@ -118,36 +126,36 @@ def test_batch_equals_single(kind: str, model: PreTrainedModel) -> None:
     assert torch.equal(batch, torch.cat([generate(model, row[None]) for row in ids]))
 
 
-def test_warm_equals_cold(kind: str, model: PreTrainedModel) -> None:
-    with quantised_attention(model):
+def test_warm_equals_cold(kind: str, paged: PreTrainedModel) -> None:
+    with quantised_attention(paged):
         ids = prompts(kind, 2, 80)
-        warm = generate(model, ids, past_key_values=prefilled(model, ids[:, :50]))
-        cold = generate(model, ids)
+        warm = generate(paged, ids, past_key_values=prefilled(paged, ids[:, :50]))
+        cold = generate(paged, ids)
     assert torch.equal(warm, cold)
 
 
-def test_cropped_equals_never_appended(kind: str, model: PreTrainedModel) -> None:
-    cropped = prefilled(model, prompts(kind, 2, 70))
-    prefilled(model, prompts(kind, 2, 40, seed=9), cropped)
+def test_cropped_equals_never_appended(kind: str, paged: PreTrainedModel) -> None:
+    cropped = prefilled(paged, prompts(kind, 2, 70))
+    prefilled(paged, prompts(kind, 2, 40, seed=9), cropped)
     cropped.crop(-40)
-    plain = prefilled(model, prompts(kind, 2, 70))
-    assert torch.equal(logits_after(kind, model, cropped), logits_after(kind, model, plain))
+    plain = prefilled(paged, prompts(kind, 2, 70))
+    assert torch.equal(logits_after(kind, paged, cropped), logits_after(kind, paged, plain))
 
 
-def test_one_by_one_equals_at_once(kind: str, model: PreTrainedModel) -> None:
+def test_one_by_one_equals_at_once(kind: str, paged: PreTrainedModel) -> None:
     """Single tokens at the start of the first page, and over the start of the second."""
-    with quantised_attention(model):
+    with quantised_attention(paged):
         ids, cache = prompts(kind, 2, 71), None
         for part in ids[:, :70].split([1] * 5 + [50] + [1] * 15, 1):
-            cache = prefilled(model, part, cache)
-        got = generate(model, ids, past_key_values=cache)
-        assert torch.equal(got, generate(model, ids))
+            cache = prefilled(paged, part, cache)
+        got = generate(paged, ids, past_key_values=cache)
+        assert torch.equal(got, generate(paged, ids))
 
 
-def test_chunked_equals_whole(kind: str, model: PreTrainedModel) -> None:
-    with quantised_attention(model):
-        whole = generate(model, prompts(kind, 2, 90))
-        assert torch.equal(generate(model, prompts(kind, 2, 90), prefill_chunk_size=17), whole)
+def test_chunked_equals_whole(kind: str, paged: PreTrainedModel) -> None:
+    with quantised_attention(paged):
+        whole = generate(paged, prompts(kind, 2, 90))
+        assert torch.equal(generate(paged, prompts(kind, 2, 90), prefill_chunk_size=17), whole)
 
 
 def test_reordered_equals_recomputed(kind: str, model: PreTrainedModel) -> None:

@@ -76,7 +76,7 @@ def test_long_prompts_are_cut_and_the_text_stays(prompt: str) -> None:
 @pytest.mark.parametrize("prompt", ["ids", "padded", "embedded"])
 def test_default_chunks_equal_chunks_by_option(prompt: str) -> None:
     """At 3 bits, where a chunk reads the ones before it quantised."""
-    model = three_bits()
+    model = three_bits(recent=0)
     options = _prompts(model)[prompt]
     ids = options.pop("inputs")
     with chunked(model):
@@ -125,7 +125,7 @@ def test_hand_written_decoders_are_cut() -> None:
 
 
 def test_step_that_fails_in_its_second_chunk_leaves_nothing() -> None:
-    model = three_bits()
+    model = three_bits(recent=0)
     with torch.no_grad(), chunked(model, None):
         cache = model(tokens(2, 20)).past_key_values
     run, calls = installed(model).decode.run, []

@@ -60,7 +60,7 @@ def test_generations_in_threads_are_those_of_one_thread() -> None:
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("length", [1, 64, 100])
 def test_failed_step_leaves_the_cache_as_it_was(op: str, layer: int, length: int) -> None:
-    model = three_bits()
+    model = three_bits(recent=0)
     cache = prefilled(model, tokens(2, 70))
     with failing(model, op, layer), pytest.raises(Injected), torch.no_grad():
         model(tokens(2, length, seed=9), past_key_values=cache)
@@ -186,7 +186,7 @@ def test_numbers_that_are_none_show_in_their_row_and_stay_there(bits: int, value
 
 @pytest.mark.parametrize("count", [1, 3, 30])
 def test_numbers_that_are_none_go_with_the_tokens_that_are_cropped(count: int) -> None:
-    model = three_bits()
+    model = three_bits(recent=0)
     with torch.no_grad():
         embedded = _with_one(model, tokens(2, 80), torch.nan)
         cache = prefilled(model, tokens(2, 4))
@@ -198,12 +198,37 @@ def test_numbers_that_are_none_go_with_the_tokens_that_are_cropped(count: int) -
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_nor_do_they_stay_in_a_ring(count: int) -> None:
+    """Exact last tokens that a cropped step has overwritten come from the pages."""
+    model = three_bits()
+    with torch.no_grad():
+        cache = prefilled(model, ids := tokens(2, 40))
+        model(inputs_embeds=_with_one(model, tokens(2, 80), torch.nan), past_key_values=cache)
+        cache.crop(-80)
+        more = tokens(2, count, seed=4)
+        got = model(more, past_key_values=cache).logits
+        expected = model(more, past_key_values=prefilled(model, ids)).logits
+    assert 0 < (got - expected).norm() < 0.3 * expected.norm()
+
+
+def test_failed_step_costs_no_more_than_exact_tokens() -> None:
+    model = three_bits()
+    cache = prefilled(model, tokens(2, 70))
+    with failing(model, "attend", 1), pytest.raises(Injected), torch.no_grad():
+        model(tokens(2, 9, seed=9), past_key_values=cache)
+    got, expected = logits(model, cache), logits(model, prefilled(model, tokens(2, 70)))
+    assert 0 < (got - expected).norm() < 0.3 * expected.norm()
+
+
 @pytest.mark.parametrize("bits", [16, 3])
 def test_they_go_from_shorter_rows_too(bits: int) -> None:
     """Row 0's slots behind its end are read with row 1's, and weighted with zero."""
     ids, mask = left_padded(80, 50, 0)
     more = torch.cat([mask[:, :60], torch.ones(2, 1, dtype=torch.int64)], 1)
-    with raw_pages("llama") if bits == 16 else contextlib.nullcontext(three_bits()) as model:
+    with (
+        raw_pages("llama") if bits == 16 else contextlib.nullcontext(three_bits(recent=0)) as model
+    ):
         embedded, answers = _with_one(model, ids, torch.nan, column=65), []
         for cropped in (True, False):
             with torch.no_grad():
