@@ -12,6 +12,7 @@ from kvquant_compile.calib.artifact import Artifact
 from kvquant_compile.calib.data import WindowSettings, calibration_windows, sample_windows
 from kvquant_compile.calib.fit import fit_layer, fit_recipe
 from kvquant_compile.calib.observe import Observed, observe
+from kvquant_compile.calib.outliers import outlying_values
 from kvquant_compile.calib.settings import FitSettings
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.algebra.recipe import Recipe
@@ -141,8 +142,21 @@ def fit_artifact(
 ) -> Artifact:
     """Fit every layer's tables and bind them to the model; ``source`` says where from."""
     tables = fit_tables(captured, layers, specs, observed, options, bar)
-    details = {**source, "fit": asdict(options.fit)}
+    details = made_by(specs, tables, observed, options, source)
     return Artifact.make(captured, layers, specs, tables, details)
+
+
+def made_by(
+    specs: Mapping[int, Format],
+    tables: Mapping[int, Tables],
+    observed: Mapping[int, Observed],
+    options: CalibrationOptions,
+    source: Mapping[str, Any],
+) -> dict[str, Any]:
+    """JSON-able account of how tables were made, for artifacts and reports."""
+    details = {**source, "fit": asdict(options.fit)}
+    outlying = outlying_values(specs, tables, observed)
+    return details | ({"outlying_values": outlying} if outlying else {})
 
 
 def fit_tables(

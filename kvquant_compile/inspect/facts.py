@@ -6,6 +6,7 @@ whole model) or :func:`layer_facts` (of one layer).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from kvquant_compile.memory.formulas import cache_formula
 
 COLUMNS = ("layers", "heads q/kv", "dim", "RoPE", "proof", "mask", "recipe", "K/V bits",
            "eff. bits", "B/token", "runs")  # fmt: skip
+
+UNSAID = ("fit", "mixed", "outlying_values")
+"""What is recorded of a calibration and has a sentence of its own, or none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def headline(report: Report) -> str:
 def facts(report: Report) -> list[Fact]:
     """What holds for the whole model."""
     exact = sum(layer.exact_bytes for layer in report.layers)
-    shown = {k: v for k, v in report.calibration.items() if k not in ("fit", "mixed")}
+    shown = {k: v for k, v in report.calibration.items() if k not in UNSAID}
     found = [
         Fact("lossless rewrite against the original",
              f"worst relative error {report.worst_error:.1e} of {len(report.validation)} cases"),
@@ -54,11 +58,22 @@ def facts(report: Report) -> list[Fact]:
             0, Fact("beside the pages", f"{exact:,} bytes of exact tokens a sequence{last}")
         )
     found.insert(0, Fact("cache", f"{_cache(report)} bytes for T tokens of B sequences"))
+    if "outlying_values" in report.calibration:
+        found.append(Fact("outliers", _outlying(report.calibration["outlying_values"])))
     if "mixed" in report.calibration:
         found.append(Fact("widths", _mixture(report.calibration["mixed"])))
     if report.decode_step:
         found.append(Fact("decode step", report.decode_step))
     return found
+
+
+def _outlying(parts: Mapping[str, float]) -> str:
+    """Layers whose values have outliers."""
+    least = math.floor(100 * min(parts.values()))
+    return (
+        f"an exact slot would take {least} % or more of the loss of values in layers "
+        f"{', '.join(parts)}: slots=1 has one"
+    )
 
 
 def _cache(report: Report) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from kvquant_compile.calib.artifact import Artifact
-from kvquant_compile.calib.calibrate import CalibrationOptions, choose_windows, observe_chosen
+from kvquant_compile.calib.calibrate import (
+    CalibrationOptions,
+    choose_windows,
+    made_by,
+    observe_chosen,
+)
 from kvquant_compile.calib.observe import Observed
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.codec.spec import PAGE_TOKENS
@@ -77,8 +81,8 @@ def mix(
         losses = probe_losses(captured, fitted, windows, bar)
     picks = best_picks(fitted, losses, budget)
     mixed = _record(fitted, request, losses, picks)
-    details = {**source, "fit": asdict(options.fit), "mixed": mixed}
     specs, tables = fitted.mixed_formats(picks), fitted.mixed_tables(picks)
+    details = made_by(specs, tables, observed, options, source) | {"mixed": mixed}
     return Artifact.make(captured, layers, specs, tables, details)
 
 
