@@ -72,7 +72,7 @@ def _gluon(
     from kvquant_compile.lowering.gluon.history import gluon_source
     from kvquant_compile.lowering.gluon.launch import bulk_copies, gluon_spec
 
-    constants = gluon_constants(layout, tables, geometry, series_terms(layout, columns))
+    constants = gluon_constants(layout, tables, geometry, series_terms(columns))
     bulk = bulk_copies(tables[0].device)
     spec = gluon_spec(layout, constants, site, columns, bulk=bulk)
     return spec.name, gluon_source(spec)

@@ -54,6 +54,8 @@ FEATURES = {
     "hidden": replace(BASE, hidden=20),
     "scattered positions": replace(BASE, scattered=True, rep=1, lengths=(20, 3)),
     "scattered and hidden": replace(BASE, scattered=True, hidden=5, rep=2, lengths=(100,)),
+    "one query": replace(BASE, rep=1, heads=2, spec=DEFAULT, start=999_000),
+    "two queries": replace(BASE, rep=2, rope=half_rope(128, 128, 5e5), spec=RECENT),
     "rep 8": replace(BASE, rep=8),
     "rep 16": replace(BASE, rep=16),
     "four steps": replace(BASE, steps=4, spec=DEFAULT),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.gluon.constants import (
     GluonConstants,
@@ -104,12 +103,8 @@ def test_polynomials_of_lanes(terms: int) -> None:
         np.testing.assert_allclose(found[:, lane, g, token, parity], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("columns", "slots", "terms"), [(1, 0, 8), (2, 0, 4), (3, 0, 2), (8, 0, 2), (1, 1, 2)]
-)
-def test_terms_of_a_query(columns: int, slots: int, terms: int) -> None:
-    layout = PageLayout(CodecSpec(3, 3, slots, 1, True, 1), 2, 64, 64, 2)
-    assert series_terms(layout, columns) == terms
+def test_terms_of_a_query() -> None:
+    assert [series_terms(columns) for columns in (1, 2, 3, 8, 64)] == [8, 4, 2, 2, 2]
 
 
 def test_angles_of_offsets() -> None:
@@ -190,8 +185,9 @@ def test_fractions_of_a_turn_are_exact_at_any_position(position: int) -> None:
         assert abs((turns - expected + 0.5) % 1.0 - 0.5) < 2e-9 + abs(expected) * 4e-16
 
 
-def test_outliers_by_channel() -> None:
-    _, constants, c = made()
+@pytest.mark.parametrize("terms", SERIES_LIMITS)
+def test_outliers_by_channel(terms: int) -> None:
+    _, constants, c = made(terms=terms)
     words = block(constants, c.outliers, c.size).view(np.int32).reshape(2, 64, 4)
     assert (words[:, :32, :2] == constants.turns.numpy()).all()
     assert (words[:, 32:, :2] == constants.turns.numpy()).all()

@@ -31,10 +31,10 @@ SMALL = {
     "default": replace(HALF_SERIES, spec=DEFAULT, lengths=(150, 70)),
     "one query, eight terms": replace(
         HALF_SERIES, rope=half_rope(64, 64), rep=1, heads=2, lengths=(150,), start=999_000,
-        spec=CodecSpec(3, 3, 0, 1, True, 1),
+        spec=DEFAULT,
     ),
     "two queries, four terms": replace(
-        HALF_SERIES, rep=1, steps=2, lengths=(130,), spec=CodecSpec(2, 2, 0, 0, False, 0)
+        HALF_SERIES, rep=1, steps=2, lengths=(130,), spec=CodecSpec(2, 2, 2, 0, False, 0)
     ),
     "default, no RoPE, hidden": replace(NARROW, rope=None, spec=DEFAULT, hidden=9, lengths=(130,)),
     "1 bit, window over pages": replace(

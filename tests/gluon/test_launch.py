@@ -86,7 +86,7 @@ def test_neither_do_other_vendors_nor_the_interpreter(monkeypatch: pytest.Monkey
 
 def spec_of(name: str, columns: int) -> GluonSpec:
     built = SMALL[name].build()
-    terms = series_terms(built.layout, columns)
+    terms = series_terms(columns)
     constants = gluon_constants(built.layout, built.cache.tables, built.cache.geometry, terms)
     return launch.gluon_spec(built.layout, constants, built.site, columns, bulk=True)
 

@@ -25,7 +25,7 @@ TEXT = tokens(8, 64, seed=7)
 
 
 def optimised(kind: str = "llama", **options: Any) -> PreTrainedModel:
-    network = tiny(kind, **{"max_position_embeddings": 8192, **options.pop("sizes", {})})
+    network = tiny(kind, **{"max_position_embeddings": 12_288, **options.pop("sizes", {})})
     return kvquant_compile.optimize(network, **{"bits": 3, "calibration": TEXT, **options})
 
 
@@ -49,8 +49,8 @@ def measured_peak(run: Any) -> int:
 
 @pytest.mark.parametrize(
     ("context", "batch", "answer"),
-    [(300, 3, 5), (1400, 1, 10), (2500, 2, 5), (3500, 1, 5)],
-    ids=["short", "long answer", "a chunk and the rest", "chunks"],
+    [(300, 3, 5), (1400, 1, 10), (2500, 2, 5), (3500, 1, 5), (11_000, 1, 5)],
+    ids=["short", "long answer", "a chunk and the rest", "chunks", "several blocks of a history"],
 )
 def test_generation_takes_what_the_model_says(
     model: PreTrainedModel, context: int, batch: int, answer: int

@@ -12,6 +12,7 @@ START_STEPS = 4
 BATCH = 4096
 _ROWS = 256  # their distances to 2048 entries stay in a core's cache
 _DEVICE_ROWS = 1 << 14  # and these keep a GPU busy, in 268 MB
+_FIXED_ONE = 2.0**40  # a GPU adds in any order: in whole numbers, so that it does not matter
 
 
 def nearest_entries(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -67,4 +68,9 @@ def _sums(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     count = torch.zeros(codebook.shape[0], device=vectors.device).index_add_(
         0, index, torch.ones_like(index, dtype=torch.float32)
     )
-    return count, torch.zeros_like(codebook).index_add_(0, index, vectors)
+    if vectors.device.type == "cpu":
+        return count, torch.zeros_like(codebook).index_add_(0, index, vectors)
+    unit = vectors.double().abs().amax().clamp_min(1e-30) / _FIXED_ONE
+    fixed = (vectors.double() / unit).round().long()
+    total = torch.zeros_like(codebook, dtype=torch.int64).index_add_(0, index, fixed)
+    return count, (total * unit).float()

@@ -59,14 +59,9 @@ class GluonConstants:
     stretched: bool
 
 
-def series_terms(layout: PageLayout, columns: int) -> int:
-    """Terms that so many queries of a kv head can have: they share eight columns.
-
-    Key slots meet the queries themselves, which only the first of two terms is.
-    """
-    if layout.spec.key_slots or columns > COLUMN_GROUP // 2:
-        return 2
-    return MOST_TERMS // columns
+def series_terms(columns: int) -> int:
+    """Terms that so many queries of a kv head can have: they share eight columns."""
+    return MOST_TERMS // columns if columns <= COLUMN_GROUP // 2 else 2
 
 
 def explicit_groups(frequencies: Tensor, terms: int) -> int:
@@ -261,7 +256,9 @@ def _outlier_table(spec: GluonSpec, frequencies: Tensor, unit: Tensor) -> Tensor
     out[:, :, :2] = _turn_fractions(frequencies).repeat(2, 1)
     out[:, spec.pairs :, 2] = 1 << 30
     explicit = torch.arange(spec.pairs) < 16 * spec.explicit
-    first = 1 / series_coefficients(frequencies)[:, 0].float()  # which their queries come with
+    first = torch.ones(spec.pairs)
+    if spec.terms == 2:  # slots meet the first of the terms
+        first = 1 / series_coefficients(frequencies)[:, 0].float()
     share = torch.where(explicit, 2.0**-EXPLICIT_EXPONENT, first).repeat(2) / HEADROOM
     out[:, :, 3] = (share / unit.float()[:, None]).contiguous().view(torch.int32)
     return out

@@ -83,7 +83,7 @@ def attend(
     layout = cache.layout
     batch, query_heads, steps, _ = query.shape
     rep = query_heads // layout.heads
-    terms = series_terms(layout, rep * steps)
+    terms = series_terms(rep * steps)
     constants = _constants(layout, cache.tables, cache.geometry, terms)
     spec = gluon_spec(layout, constants, site, rep * steps, bulk=bulk_copies(query.device))
     tiles = -(-rep * steps // spec.columns)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.gluon.fragments import load_shared, reduce_lanes, warp_sync
+from kvquant_compile.lowering.gluon.fragments import HALVES, load_shared, reduce_lanes, warp_sync
 from kvquant_compile.lowering.gluon.spec import (
     COLUMN_GROUP,
     MOST_TERMS,
@@ -109,8 +109,7 @@ class QueryEmitter:
         for part in _PARTS:
             values = [self._element(fragment, pairs, *part, low) for low in range(2)]
             name = f"q{fragment}_{pairs}_{'ab'[part[0]]}{part[1]}"
-            text = "cvt.rn.f16x2.f32 $0, $2, $1;"
-            out.ptx(text, [name], values, kinds="ff", pure=True, name="HALVES")
+            out.ptx(HALVES, [name], values, kinds="ff", pure=True, name="HALVES")
             names[part] = name
         if self.spec.rotates and pairs < self.spec.explicit:  # others are scaled first
             at = self.memory.query(pairs, fragment)

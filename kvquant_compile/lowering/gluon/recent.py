@@ -2,7 +2,7 @@
 
 The programs that read pages leave out what the ring holds; the first program of a head adds it to
 the exact leading tokens and the step's own. A warp takes a query at a time, a lane every 32nd
-channel, and four tokens at once, so that it waits for memory once in four tokens.
+channel, and some tokens at once, so that it waits for memory once for all of them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.visibility import HIDDEN
 from kvquant_compile.lowering.gluon.writer import KernelWriter, approximate
 
-AT_ONCE = 4
-"""Tokens whose loads are under way together."""
+NARROW, WIDE = 8, 4
+"""Tokens whose loads are under way together, of up to 128 channels and of more."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,20 @@ class RecentEmitter:
         )
         for i in self._pair_groups:
             self._load_query(out, i)
-        with out.block(f"for begin in range(gl.maximum(held, SINKS), stored, {AT_ONCE}):"):
-            for u in range(AT_ONCE):
+        with out.block(
+            f"for begin in range(gl.maximum(held, SINKS), stored, {len(self._tokens)}):"
+        ):
+            for u in self._tokens:
                 self._load_token(out, u, width)
-            for u in range(AT_ONCE):
+            for u in self._tokens:
                 self._score(out, u)
             self._absorb(out)
+
+    @property
+    def _tokens(self) -> range:
+        """Tokens that are read together."""
+        widest = max(2 * self.spec.pairs, self.spec.layout.value_dim)
+        return range(NARROW if widest <= 128 else WIDE)
 
     @property
     def _pair_groups(self) -> range:
@@ -116,7 +124,7 @@ class RecentEmitter:
 
     def _absorb(self, out: KernelWriter) -> None:
         """Add the tokens to the running softmax."""
-        every = range(AT_ONCE)
+        every = self._tokens
         out("grown = own_top", *(f"grown = gl.maximum(grown, score{u})" for u in every))
         approximate(out, "ex2", "decay", "own_top - grown")
         out("own_top = grown", "own_mass = own_mass * decay")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.gluon.fragments import warp_sync
+from kvquant_compile.lowering.gluon.fragments import HALVES, warp_sync
 from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
 from kvquant_compile.lowering.gluon.writer import KernelWriter
 
@@ -42,16 +42,30 @@ class KeySlotEmitter:
             "prmt.b32 x, $2, $3, 0x5410; prmt.b32 y, $2, $3, 0x7632;\n"
             "@p st.shared.b32 [$1], x; @p st.shared.b32 [$1+16], y;"
         )
-        out("", f"scatter = shared + {self.memory.key_slots} + (g >> 1) * 4 + t * 32")
+        bits = self.spec.span.bit_length()
+        out("", f"scatter = shared + {self.memory.key_slots} + (g >> {bits}) * 4 + t * 32")
         for group in range(self.spec.groups):
             for pairs in range(self.spec.key_groups):
                 fragment = min(group, self.spec.fragments(pairs)[-1])
                 other = "odd" if fragment == group else "1 - odd"
+                if self.spec.span > 1:
+                    other = "degree"
                 for half in range(2):
                     at = self.memory.key_slot_bytes * group + 256 * pairs + 128 * half
                     words = [f"q{fragment}_{pairs}_{member}{half}" for member in "ab"]
+                    if self.spec.span > 1 and pairs >= self.spec.explicit:
+                        words = self._whole(out, pairs, half)
                     inputs = [f"scatter + {at}", *words, other]
                     out.ptx(text, ["_"], inputs, name="KEEP_QUERY")
+
+    @staticmethod
+    def _whole(out: KernelWriter, pairs: int, half: int) -> list[str]:
+        """Words of the query itself, of which fragments hold terms alone."""
+        names = ["whole_a", "whole_b"]
+        for member, name in enumerate(names):
+            values = [f"x0_{pairs}_{member}{half}{low} * inverse0" for low in range(2)]
+            out.ptx(HALVES, [name], values, kinds="ff", pure=True, name="HALVES")
+        return names
 
     def add(self, out: KernelWriter, chunk: int) -> None:
         """Add the residuals of a chunk's tokens to their scores."""
@@ -70,7 +84,8 @@ class KeySlotEmitter:
                 region = self.memory.key_slots + self.memory.key_slot_bytes * group
                 for i in range(4):
                     score = f"s{group}_{4 * chunk + i}"
-                    inputs = [f"pair{i}", "rotator", "shared + t * 4", score]
+                    head = f"shared + (t >> {self.spec.span // 2}) * 4"
+                    inputs = [f"pair{i}", "rotator", head, score]
                     text = _add_text(i, region)
                     out.ptx(text, [score], inputs, kinds="rrrf", into="f", name="ADD_SLOT")
 

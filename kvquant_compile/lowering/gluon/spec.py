@@ -36,8 +36,7 @@ class GluonSpec:
         bulk: whether pages come by the copy engine of compute capability 9 and later, or by the
             lanes' own copies (see :mod:`.copies`).
         warps: of a program.
-        terms: of the series, 2, 4 or 8: how many columns a query takes. More than 2 with one group,
-            and without key slots.
+        terms: of the series, 2, 4 or 8: how many columns a query takes. More than 2 with one group.
     """
 
     layout: PageLayout
