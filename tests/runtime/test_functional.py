@@ -40,10 +40,12 @@ def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
 
 @pytest.fixture(scope="module", params=NAMES)
 def three(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
-    """(original, three bits), same weights."""
+    """(original, three bits), same weights. A short window
+    would hold exact last tokens only."""
     model = kvquant_compile.optimize(
-        decoder(request.param).eval(), bits=3, calibration=TEXT, example_inputs=EXAMPLE
-    )
+        decoder(request.param).eval(), bits=3, calibration=TEXT, example_inputs=EXAMPLE,
+        recent_window=0 if request.param == "WindowDecoder" else None,
+    )  # fmt: skip
     return decoder(request.param).eval(), model
 
 
