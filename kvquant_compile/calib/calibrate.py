@@ -118,7 +118,7 @@ def observe_chosen(
     options: CalibrationOptions,
     bar: Progress,
 ) -> tuple[dict[int, Observed], dict[str, Any]]:
-    """As :func:`observe_windows`, of windows that are chosen already."""
+    """As :func:`observe_windows`, of windows int64 [1, S] that are chosen already."""
     steps = bar.each("observe keys and values", windows, len(windows))
     observed = observe(captured, layers, steps, options.fit.sensitivity)
     source = {

@@ -96,7 +96,7 @@ class _KeyFit:
         self.offset = key_mean - self.scale * level_mean
 
     def rounded(self) -> dict[str, Tensor]:
-        """The constants in the format's units."""
+        """The constants in the format's units, by field of ``LayerTables``."""
         limit = table_limit(self.spec.key_bits)
         unit = limit / self.levels.abs().amax(1, keepdim=True).clamp_min(1e-6)
         return {
@@ -130,7 +130,8 @@ def fit_keys(
 
 
 def grid(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
-    """Float16 scales and integer zeros of magnitude at most ``ZERO_LIMIT``."""
+    """Scales and zeros on the format's grid, of scales and offsets float32 [H, D]: float16 values
+    and integers of magnitude at most ``ZERO_LIMIT``, both as float32."""
     scale = torch.maximum(scale, offset.abs() / ZERO_LIMIT).clamp(SCALE_MIN, FLOAT16_MAX)
     scale = scale.half().float()
     zero = (offset / scale).round().clamp(-ZERO_LIMIT, ZERO_LIMIT)

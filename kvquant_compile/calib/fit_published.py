@@ -55,7 +55,8 @@ def _capped_levels(x: Tensor, gradient: Tensor | None, spec: CodecSpec) -> Tenso
 
 
 def percentiles(x: Tensor, share: float, axis: int = 1) -> tuple[Tensor, Tensor]:
-    """What ``share`` of the elements along an axis lie outside of, half on each side.
+    """What ``share`` of the elements of x along an axis lie outside of, half on each side: two
+    tensors of x's shape without the axis.
 
     torch.quantile without its limit on the number of elements.
     """

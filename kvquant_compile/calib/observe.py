@@ -146,7 +146,12 @@ def _columns(views: Sequence[HeadView], tensors: Sequence[Tensor]) -> list[Tenso
 
 
 def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Tensor:
-    """Logits [B, S, vocab] of ``ids`` with no past, the captured graph executed by ``run``."""
+    """Logits [B, S, vocab] of ``ids`` int64 [B, S] with no past, the captured graph executed by
+    ``run``.
+
+    Raises:
+        UnsupportedModelError: the model returns none.
+    """
     if captured.convention == "functional":
         return run(ids, 0)
     backbone: Any = captured.backbone

@@ -163,7 +163,8 @@ def _pack_group(sel: Tensor, bits: int) -> Tensor:
 
 
 def unpack_group(words: Tensor, bits: int, axis: int = -2) -> list[Tensor]:
-    """The four selectors whose codes share ``bits`` words along ``axis``; inverse of packing."""
+    """The four selectors whose codes share ``bits`` words along ``axis``, each of the words' shape
+    without it; inverse of packing."""
     w = words.unbind(axis)
     if bits == 4:
         return list(w)

@@ -165,11 +165,6 @@ class PageLayout:
         return padded(self.key_dim) + self.value_dim
 
     @property
-    def sink_bytes(self) -> int:
-        """Bytes of the exact tokens of one sequence, all heads."""
-        return self.exact_rows * self.heads * self.exact_width * self.itemsize
-
-    @property
     def effective_bits(self) -> float:
         """Bits of a full page over its elements, metadata and padding included."""
         return 8 * self.page_bytes / (PAGE_TOKENS * (self.key_dim + self.value_dim))

@@ -28,8 +28,8 @@ def key_order(rope: RopeSpec | None, dim: int) -> list[int]:
 
 
 def gather_index(order: list[int], dim: int) -> Tensor:
-    """int64 index for :func:`reorder`: padding reads the zero channel appended at ``dim``; empty
-    when nothing moves."""
+    """Index int64 [2 P] for :func:`reorder`: padding reads the zero channel appended at ``dim``;
+    empty when nothing moves."""
     if order == list(range(dim)):
         return torch.empty(0, dtype=torch.int64)
     return torch.tensor([dim if channel < 0 else channel for channel in order])

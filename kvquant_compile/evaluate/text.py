@@ -57,7 +57,11 @@ def token_ids(text: str, tokenizer: Any) -> Tensor:
 
 
 def token_windows(ids: Tensor, tokens: int, limit: int | None = None) -> list[Tensor]:
-    """:func:`text_windows` of a text's ids int64 [N]."""
+    """:func:`text_windows` of a text's ids int64 [N].
+
+    Raises:
+        OptionError: the text is shorter than a window, or no window is asked for.
+    """
     if limit is not None and limit < 1:
         raise OptionError(
             f"a limit of {limit} windows", why="nothing would be scored", do="Pass 1 or more."

@@ -26,7 +26,7 @@ def visible_slots(
 
 
 def both(one: Tensor | None, other: Tensor) -> Tensor:
-    """Both masks; None hides nothing."""
+    """Both masks, bool of one shape; None hides nothing."""
     return other if one is None else one & other
 
 
@@ -38,7 +38,7 @@ def left_to_pages(slots: Tensor, places: Tensor, history: Tensor, recent: int) -
 
 
 def same_chunk(queries: Tensor, keys: Tensor, chunk: int) -> Tensor:
-    """Whether slots lie in one chunk of so many."""
+    """Whether slots, of shapes that broadcast, lie in one chunk of so many."""
     return queries.div(chunk, rounding_mode="floor") == keys.div(chunk, rounding_mode="floor")
 
 

@@ -36,7 +36,10 @@ def write_pages(slabs: list[Tensor], ids: Tensor, data: Tensor) -> None:
 
 
 def slabs_in_use(slabs: list[Tensor], ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(slab, mask of the ids that lie in it, their places in it) for every slab in use."""
+    """(slab, mask of the ids that lie in it, their places in it) for every slab in use.
+
+    ``ids`` int64 [n] count through the slabs; masks are bool [n], places int64 [m].
+    """
     out, start = [], 0
     for slab in slabs:
         mine = (ids >= start) & (ids < start + slab.shape[0])

@@ -50,7 +50,7 @@ def check_batch(batch: int, cached: int) -> None:
 
 
 def check_mask(mask: Tensor, batch: int, columns: int, steps: int) -> None:
-    """Raise if a mask is not over ``columns`` cached and ``steps`` new tokens.
+    """Raise if a mask is not [batch, columns + steps], over cached and new tokens.
 
     Raises:
         CacheError: it is not.

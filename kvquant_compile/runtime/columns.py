@@ -83,7 +83,8 @@ class Columns:
             self.shown = self.stored
 
     def add(self, real: Tensor | None, columns: int, steps: int) -> None:
-        """Count a step's tokens in, after ``columns`` cached ones; ``real`` as from `read`."""
+        """Count a step's tokens in, after ``columns`` cached ones; ``real`` bool [B, S] or None, as
+        from `read`."""
         if real is not None and self.stored is None:
             self.stored = self.shown = real.new_ones(real.shape[0], 0)
         self._reach(columns + steps)

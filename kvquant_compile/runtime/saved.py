@@ -29,7 +29,12 @@ FILE = FileKind("cache", "kvquant_compile cache", "1", ArtifactError, _REDO)
 
 
 def save(cache: QuantizedCache, identity: Identity, path: str | Path) -> None:
-    """Write a cache; see :meth:`QuantizedCache.save`."""
+    """Write a cache; see :meth:`QuantizedCache.save`.
+
+    Raises:
+        CacheError: it keeps states in a class of the model's own.
+        ArtifactError: the file cannot be written.
+    """
     if cache.states is not None and len(own_states(cache.states)) > len(kept_in(cache.states)):
         raise CacheError(
             "this cache cannot be saved",

@@ -53,6 +53,9 @@ def assert_effective_bits(
 def assert_deterministic(codec: Testable, x: Tensor, *, calibration: Tensor | None = None) -> None:
     """The same tokens give the same bits: again, in another memory layout, and alone in a batch.
 
+    Args:
+        codec, x, calibration: as of :func:`~.numerics.assert_roundtrip`.
+
     Raises:
         AssertionError: they do not.
     """
@@ -110,6 +113,9 @@ def assert_bytes_matter(codec: Testable, x: Tensor, *, calibration: Tensor | Non
     decode refuse it), and tokens do not come back exactly.
 
     A recipe that silently gave the original back would pass every accuracy test.
+
+    Args:
+        codec, x, calibration: as of :func:`~.numerics.assert_roundtrip`.
 
     Raises:
         AssertionError: the tokens come back exactly, or spoilt bytes are not noticed.

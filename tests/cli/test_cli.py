@@ -1,4 +1,4 @@
-"""The command line on the embedded demo model, in this process."""
+"""The command line on the embedded demo model, or on three layers of it, in this process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from kvquant_compile import cli
 from kvquant_compile.demo import ASSETS, PROMPT
 from kvquant_compile.evaluate.results import schema
+from kvquant_compile.loading import load_model
 from kvquant_compile.runtime.validate import TOLERANCE
 
 MODEL, HELD_OUT = str(ASSETS), str(ASSETS / "heldout.txt")
@@ -36,6 +37,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three of the demo model's six layers, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    model, tokenizer = load_model(MODEL, "auto")
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A short text: the model need not sample its own."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
@@ -44,9 +57,9 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_eval_prints_results_and_goes_on_from_them(
-    run: Any, calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, small: str, calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "64", "--limit", "2",
+    command = ("eval", "--model", small, "--text", HELD_OUT, "--window", "64", "--limit", "2",
                "--bits", "3,16", "--recipes", "kvquant+@r0,bf16", "--windows", "4",
                "--calibration", calibration, "--results", str(tmp_path / "results.json"),
                "--json")  # fmt: skip
@@ -74,10 +87,12 @@ def test_eval_prints_results_and_goes_on_from_them(
     assert run(*command)[:2] == (0, out)
 
 
-def test_eval_prints_tables_and_plots(run: Any, calibration: str, tmp_path: Path) -> None:
+def test_eval_prints_tables_and_plots(
+    run: Any, small: str, calibration: str, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     plot = tmp_path / "front.svg"
-    code, out, _ = run("eval", "--model", MODEL, "--text", HELD_OUT, "--window", "128",
+    code, out, _ = run("eval", "--model", small, "--text", HELD_OUT, "--window", "128",
                        "--limit", "1", "--bits", "2", "--recipes", "kvquant+,fp8",
                        "--windows", "1", "--calibration", calibration, "--grid", "--needle",
                        "--agreement", "8", "--errors", "--plot", str(plot))  # fmt: skip
@@ -96,8 +111,10 @@ def test_one_format_as_it_is_spelled(text: str | None, bits: Any) -> None:
     assert cli._one_format(text) == bits
 
 
-def test_a_budget_chooses_the_widths(run: Any, calibration: str, tmp_path: Path) -> None:
-    code, out, _ = run("explain", "--model", MODEL, "--calibration", calibration, "--windows", "1",
+def test_a_budget_chooses_the_widths(
+    run: Any, small: str, calibration: str, tmp_path: Path
+) -> None:
+    code, out, _ = run("explain", "--model", small, "--calibration", calibration, "--windows", "1",
                        "--bits", "auto", "--budget", "2.5", "--json",
                        "--dump", str(tmp_path))  # fmt: skip
     report = json.loads(out)
@@ -105,21 +122,21 @@ def test_a_budget_chooses_the_widths(run: Any, calibration: str, tmp_path: Path)
     assert 2.3 < report["totals"]["effective_bits"] <= 2.5
     assert report["calibration"]["mixed"]["asked"] == "2.5 effective bits"
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "Levels over what they code, layer 5" in page or find_spec("matplotlib") is None
+    assert "Levels over what they code, layer 2" in page or find_spec("matplotlib") is None
     assert len(page.encode()) < 2_000_000
 
 
 def test_calibrate_then_explain_and_optimize_from_the_artifact(
-    run: Any, calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, small: str, calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "tables.safetensors")
-    code, out, _ = run("calibrate", "--model", MODEL, path, "--bits", "4,2",
+    code, out, _ = run("calibrate", "--model", small, path, "--bits", "4,2",
                        "--calibration", calibration, *QUICK)  # fmt: skip
     assert code == 0
     assert f"wrote {path}" in out
 
     monkeypatch.setattr("kvquant_compile.asked.calibrate", None)
-    code, out, _ = run("explain", "--model", MODEL, "--calibration", path, "--json")
+    code, out, _ = run("explain", "--model", small, "--calibration", path, "--json")
     report = json.loads(out)
     assert code == 0
     assert report["model"] == "LlamaForCausalLM"
@@ -132,29 +149,31 @@ def test_calibrate_then_explain_and_optimize_from_the_artifact(
     assert report["totals"]["compression"] > 3
     assert max(report["validation"].values()) < TOLERANCE[getattr(torch, report["dtype"])]
 
-    code, out, _ = run("optimize", "--model", MODEL, "--prompt", PROMPT, "--tokens", "6",
+    code, out, _ = run("optimize", "--model", small, "--prompt", PROMPT, "--tokens", "6",
                        "--calibration", path, "--dump", str(tmp_path / "dump"))  # fmt: skip
     assert code == 0
     page = (tmp_path / "dump" / "index.html").read_text(encoding="utf-8")
-    assert "backbone.layers.0 to backbone.layers.5 (6 alike)" in page
+    assert "backbone.layers.0 to backbone.layers.2 (3 alike)" in page
     assert len(page.encode()) < 2_000_000
     assert out.startswith(PROMPT)
     assert len(out.strip()) > len(PROMPT)
 
 
-def test_explain_prints_a_table(run: Any) -> None:
-    code, out, _ = run("explain", "--model", MODEL, "--bits", "16")
+def test_explain_prints_a_table(run: Any, small: str) -> None:
+    code, out, _ = run("explain", "--model", small, "--bits", "16")
     assert code == 0
     for word in ("LlamaForCausalLM", "half 64", "symbolic", "16/16", "worst relative error"):
         assert word in out
 
 
-def test_selftest_tells_by_its_exit_code(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = run("selftest", "--model", MODEL)
+def test_selftest_tells_by_its_exit_code(
+    run: Any, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run("selftest", "--model", small)
     assert code == 0
     assert out.count("ok  ") == 3
     monkeypatch.setattr("kvquant_compile.evaluate.selftest.sabotaged", lambda program: program)
-    code, out, _ = run("selftest", "--model", MODEL)
+    code, out, _ = run("selftest", "--model", small)
     assert code == 1
     assert "FAIL a sabotaged cache changes the scores" in out
 
@@ -211,10 +230,10 @@ def test_demo_prints_one_record(run: Any) -> None:
 
 
 def test_explain_prints_one_layer_and_its_kernel(
-    run: Any, calibration: str, monkeypatch: pytest.MonkeyPatch
+    run: Any, small: str, calibration: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVQUANT_KERNELS", "torch")  # else it is this machine's
-    command = ("explain", "--model", MODEL, "--bits", "3", "--calibration", calibration,
+    command = ("explain", "--model", small, "--bits", "3", "--calibration", calibration,
                "--windows", "1", "--layer", "1", "--source")  # fmt: skip
     code, out, _ = run(*command)
     assert code == 0
@@ -223,6 +242,6 @@ def test_explain_prints_one_layer_and_its_kernel(
     assert "def history_k3v3_" in out
     assert "tl.store(partial" in out
     assert "# layer 0" not in out
-    code, _, err = run(*command[:-2], "99")
+    code, _, err = run("explain", "--model", small, "--bits", "16", "--layer", "99")
     assert code == 2
     assert "layer=99" in err

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 import kvquant_compile
 from kvquant_compile.codec.spec import PAGE_TOKENS
+from kvquant_compile.memory.formulas import layer_cache
 from tests.zoo import tiny, tokens
 
 
@@ -89,7 +90,7 @@ def test_bytes_are_effective_bits_times_elements(model: PreTrainedModel) -> None
     assert all(sum(s.nbytes for s in x.slabs) == pages for x in cache.layers)
     assert report.bytes_per_token * 2 * 3 * PAGE_TOKENS == pages * len(cache.layers)
     shared = cache.table.nbytes + cache.positions.nbytes + cache.lengths.nbytes
-    sinks = sum(2 * x.layout.sink_bytes for x in cache.layers)
+    sinks = sum(2 * layer_cache(x.layout)[1] for x in cache.layers)
     assert cache.nbytes() == pages * len(cache.layers) + shared + sinks
     elements = 2 * 3 * PAGE_TOKENS * 2 * len(cache.layers) * layout.heads * layout.key_dim
     assert cache.effective_bits() == 8 * cache.nbytes() / elements

@@ -17,6 +17,7 @@ from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.errors import CacheError
 from kvquant_compile.lowering.append import append
 from kvquant_compile.lowering.pages import gather_pages
+from kvquant_compile.memory.formulas import layer_cache
 from kvquant_compile.runtime.cache import QuantizedCache
 from kvquant_compile.runtime.paging import separate
 from tests.runtime.decode_graph.helpers import graphs
@@ -202,7 +203,7 @@ def test_continuations_hold_the_prompt_once(model: PreTrainedModel) -> None:
     assert pages(cache) <= alone + 8 + 8 * (alone // 128), "a sixteenth of the prompt in reserve"
     (layout,) = {layer.layout for layer in family.layers}
     packed = pages(family) * layout.heads * layout.page_bytes * len(family.layers)
-    row = 4 * (41 * PAGE_TOKENS + 41 + 1) + layout.sink_bytes * len(family.layers)
+    row = 4 * (41 * PAGE_TOKENS + 41 + 1) + layer_cache(layout)[1] * len(family.layers)
     assert family.nbytes() == packed + 8 * row, "beside the pages: positions, table, sinks"
 
 

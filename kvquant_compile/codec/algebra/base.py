@@ -105,7 +105,7 @@ class Stage(Block):
 
     @abstractmethod
     def inverse(self, y: Tensor, parts: Parts, constants: Constants) -> Tensor:
-        """Undo :meth:`forward`."""
+        """Undo :meth:`forward`: tokens [B, H, U, T, D]."""
 
     @overload
     def __rshift__(self, other: Stage) -> Chain: ...
@@ -136,11 +136,11 @@ class Map(Stage):
 
     @abstractmethod
     def apply(self, x: Tensor, constants: Constants) -> Tensor:
-        """The map."""
+        """The map, of tokens [B, H, U, T, D]."""
 
     @abstractmethod
     def undo(self, y: Tensor, constants: Constants) -> Tensor:
-        """Its inverse."""
+        """Its inverse, of tokens of the same shape."""
 
 
 class Codec(Block):
@@ -155,7 +155,8 @@ class Codec(Block):
         """Tokens float32 [B, H, U, T, D] of parts."""
 
     def error_bound(self, x: Tensor, constants: Constants) -> Tensor | None:
-        """Largest error of every element of finite tokens in range; None where none is known."""
+        """Largest error of every element of finite tokens x in range, of x's shape; None where none
+        is known."""
         return None
 
     def __add__(self, other: Codec) -> Sum:
