@@ -225,7 +225,7 @@ def variants() -> list[Variant]:
         "value range by width alone": {"value_clip": False},
         "no value feedback": {"value_feedback": False},
         "k-means value tables": {"value_nuq": True},
-        "no static units of values": {"value_transform": False},
+        "static value channel transform": {"value_transform": True},
     }
     both = (KEYS, VALUES)
     return [

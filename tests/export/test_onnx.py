@@ -242,7 +242,7 @@ def test_shapes_are_inferred_with_free_sizes_by_name(proto: Any) -> None:
     }
     assert sizes["input_ids"] == sizes["token_mask"] == ["batch", "sequence"]
     assert sizes["logits"] == ["batch", "sequence", 128]
-    assert sizes["past.0.pages"] == sizes["present.0.pages"] == ["batch", "capacity", 2, 1536]
+    assert sizes["past.0.pages"] == sizes["present.0.pages"] == ["batch", "capacity", 2, 1344]
     assert sizes["past.1.sinks"] == sizes["present.1.sinks"] == ["batch", 2, 1, 32]
 
 
