@@ -1,22 +1,18 @@
-"""The laboratory measures the cache, keeps what it measured, and goes on from there."""
+"""The laboratory measures the cache, in every one of its measures."""
 
 from __future__ import annotations
 
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
 import torch
 from torch import Tensor
 
-from kvquant_compile.calib.calibrate import CalibrationOptions
 from kvquant_compile.errors import OptionError
-from kvquant_compile.evaluate import lab as lab_module
 from kvquant_compile.evaluate import layer_errors
-from kvquant_compile.evaluate import source as source_module
 from kvquant_compile.evaluate.agreement import agreement
 from kvquant_compile.evaluate.lab import Lab
 from kvquant_compile.evaluate.needle import needle_cases, needle_score
@@ -26,31 +22,12 @@ from kvquant_compile.evaluate.run import build
 from kvquant_compile.evaluate.selftest import sabotage_change, sabotaged
 from kvquant_compile.evaluate.table import evaluate_table, original_logits, program_logits
 from kvquant_compile.evaluate.text import read_text
-from kvquant_compile.progress import Progress
 from kvquant_compile.recipes import NAMED
 from kvquant_compile.recipes import choice as choice_module
 from kvquant_compile.recipes.choice import OURS, PUBLISHED, choose
-from tests.zoo import tiny
+from tests.evaluate.laboratory import OPTIONS, TEXT, Letters, laboratory
 
-TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(700))
-DATA = "".join(chr(97 + (3 * i * i + i // 5) % 26) for i in range(800))
-OPTIONS = CalibrationOptions.make(windows=2)
 TWO = Point("kvquant+", "2")
-
-
-class Letters:
-    """A token a character."""
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [3 + ord(c) % 125 for c in text]}
-
-
-def laboratory(path: Path | None = None, limit: int | None = 2, **options: Any) -> Lab:
-    settings = {"window": 100, "text": TEXT, **options}
-    return Lab(
-        tiny("llama"), Letters(), settings["text"], settings["window"], limit, DATA,
-        options.get("calibration", OPTIONS), Results(path), Progress(False),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -109,51 +86,6 @@ def test_a_mixture_lies_between_the_whole_widths(shared: Lab) -> None:
     assert between.score.kl < (two.score.kl + three.score.kl) / 2
 
 
-def test_a_later_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "results.json"
-    laboratory(path, limit=1).scores([TWO])
-    runs: list[Tensor] = []
-    compare = lab_module.compare
-    monkeypatch.setattr(lab_module, "compare", lambda *a: runs.append(a[2]) or compare(*a))
-    both = laboratory(path, limit=2).scores([TWO])
-    assert len(runs) == 2  # the second window, of the original and of the codec
-    fresh = laboratory(limit=2).scores([TWO])
-    assert both == fresh
-    jsonschema.validate(json.loads(path.read_text()), schema())
-
-    monkeypatch.setattr(source_module, "prepare", None)  # nothing is calibrated again
-    assert laboratory(path, limit=2).scores([TWO]) == both
-    assert laboratory(path, limit=1).scores([TWO])[1].score.windows == 1
-    for changed in (
-        {"text": DATA},
-        {"window": 90},
-        {"calibration": CalibrationOptions.make(seed=1)},
-    ):
-        with pytest.raises(TypeError):
-            laboratory(path, **changed).scores([TWO])
-
-
-def test_an_interrupted_run_keeps_its_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, compare = tmp_path / "results.json", lab_module.compare
-    calls: list[int] = []
-
-    def broken(*arguments: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return compare(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lab_module, "compare", broken)
-        with pytest.raises(KeyboardInterrupt):
-            laboratory(path).scores([TWO])
-    kept = {r["identity"]["recipe"]: r["value"] for r in json.loads(path.read_text())["results"]}
-    assert [len(kept[name]["windows"]) for name in ("original", "kvquant+")] == [2, 1]
-    assert laboratory(path).scores([TWO]) == laboratory().scores([TWO])
-
-
 def test_windows_of_one_pass_score_as_one_by_one(tmp_path: Path) -> None:
     points = [TWO, Point("kivi", "2"), Point("fp8"), Point("kvquant-released", "3")]
     path = tmp_path / "results.json"
@@ -170,26 +102,6 @@ def test_windows_of_one_pass_score_as_one_by_one(tmp_path: Path) -> None:
         assert got.score.perplexity == pytest.approx(want.score.perplexity, rel=1e-6)
         assert got.effective_bits == want.effective_bits
         assert got.cache_bytes == want.cache_bytes
-
-
-def test_results_that_come_together_are_written_once(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    results = Results(path)
-    with results.written_once():
-        results.put({"measure": "a"}, 1)
-        assert not path.exists()
-    assert Results(path).get({"measure": "a"}) == 1
-    results.put({"measure": "b"}, 2)
-    assert Results(path).get({"measure": "b"}) == 2
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"kind": "other", "version": 1}', "[]"])
-def test_other_files_are_not_overwritten(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "notes.json"
-    path.write_text(text)
-    with pytest.raises(OptionError, match="cannot go on"):
-        Results(path)
-    assert path.read_text() == text
 
 
 def test_sabotage_of_the_cache_changes_every_measure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +224,17 @@ def test_a_grid_falls_along_both_axes(shared: Lab) -> None:
     assert min(kl[1], kl[2]) > kl[3]
 
 
+def test_documents_are_read_from_jsonl(tmp_path: Path) -> None:
+    """C4 comes as one document a line."""
+    path = tmp_path / "sample.jsonl"
+    path.write_text('{"text": "one\\ntwo", "url": "a"}\n{"text": "thr\u2028ee"}\n', "utf-8")
+    assert read_text(path) == "one\ntwo\n\nthr\u2028ee"
+    for wrong in ('{"content": "x"}', "no json", "[1]"):
+        path.write_text(wrong)
+        with pytest.raises(OptionError, match="cannot read the text"):
+            read_text(path)
+
+
 def test_the_schema_refuses_damaged_results(shared: Lab) -> None:
     shared.scores([TWO])
     good = shared.results.to_dict()
@@ -325,14 +248,3 @@ def test_the_schema_refuses_damaged_results(shared: Lab) -> None:
         damage(next(r for r in bad["results"] if r["identity"]["measure"] == "score"))
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(bad, schema())
-
-
-def test_documents_are_read_from_jsonl(tmp_path: Path) -> None:
-    """C4 comes as one document a line."""
-    path = tmp_path / "sample.jsonl"
-    path.write_text('{"text": "one\\ntwo", "url": "a"}\n{"text": "thr\u2028ee"}\n', "utf-8")
-    assert read_text(path) == "one\ntwo\n\nthr\u2028ee"
-    for wrong in ('{"content": "x"}', "no json", "[1]"):
-        path.write_text(wrong)
-        with pytest.raises(OptionError, match="cannot read the text"):
-            read_text(path)

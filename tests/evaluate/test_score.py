@@ -20,7 +20,7 @@ from kvquant_compile.codec.keys import dequantise_keys, quantise_keys
 from kvquant_compile.codec.spec import CodecSpec, LayerTables
 from kvquant_compile.codec.values import dequantise_values, quantise_values
 from kvquant_compile.config import FormatOptions
-from kvquant_compile.evaluate import run, selftest
+from kvquant_compile.evaluate import run
 from kvquant_compile.evaluate.baselines import Fp8, KVQuantReleased, RoundTrip
 from kvquant_compile.evaluate.fake import FakeCodec, fake_logits
 from kvquant_compile.evaluate.run import Prepared, build, prepare
@@ -286,31 +286,6 @@ def test_the_table_lists_everything_once_and_renders() -> None:
     assert ours.effective_bits == pytest.approx(8 * ours.cache_bytes / elements)
     assert by_name["ours, 4 bits"].score.kl < ours.score.kl
     assert render(rows, "title").row_count == len(rows)
-
-
-def test_selftest_passes_on_a_sound_model() -> None:
-    checks = selftest.run_selftest(tiny("llama"))
-    assert len(checks) == 3
-    assert all(passed for passed, _ in checks.values())
-
-
-def test_selftest_fails_when_sabotage_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "sabotaged", lambda program: program)
-    checks = selftest.run_selftest(tiny("llama"))
-    assert not checks["a sabotaged cache changes the scores"][0]
-
-
-def test_selftest_reports_keys_kept_rotated() -> None:
-    passed, detail = selftest.run_selftest(unproved())["every rotation proved"]
-    assert not passed
-    assert "2 refused [0, 1]" in detail
-
-
-def test_selftest_runs_on_a_hand_written_decoder() -> None:
-    from tests.zoo import decoder
-
-    checks = selftest.run_selftest(decoder("MatmulDecoder").eval(), (tokens(), None))
-    assert all(passed for passed, _ in checks.values())
 
 
 def test_smaller_groups_lose_less_and_cost_more(llama: Prepared) -> None:
