@@ -1,4 +1,4 @@
-"""A model at 3 bits, and the logits of the original."""
+"""A model at 3 bits, the logits of the original, and a model that must stay as it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 import kvquant_compile
 from tests.api.helpers import TEXT, logits
+from tests.api.untouched import Untouched
 from tests.zoo import tiny
 
 
@@ -19,3 +20,8 @@ def three() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def original() -> torch.Tensor:
     return logits(tiny("llama"))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Untouched:
+    return Untouched(tiny("llama"))

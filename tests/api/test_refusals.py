@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
 
 import kvquant_compile
 from kvquant_compile import (
-    ArtifactError,
     CalibrationError,
     KVQuantError,
     OptionError,
@@ -26,65 +22,11 @@ from kvquant_compile import (
 )
 from kvquant_compile.capture import capture
 from kvquant_compile.passes.recognise import recognise
+from tests.api.helpers import TEXT
+from tests.api.untouched import Untouched, attributes, generated, same_attributes
 from tests.zoo import VOCAB, decoder, tiny, tokens, unproved
 
-TEXT = tokens(4, 64, seed=7)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-
-
-def generated(model: Any) -> torch.Tensor:
-    return model.generate(tokens(1, 9), max_new_tokens=5, do_sample=False, pad_token_id=0)
-
-
-def attributes(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Every module's own attributes, its parameters and submodules by identity."""
-    return [
-        (module, {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
-        for module in model.modules()
-    ]
-
-
-def same_attributes(before: list, after: list) -> bool:
-    def same(a: Any, b: Any) -> bool:
-        if isinstance(a, dict):
-            return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-        return a is b or (not isinstance(a, (torch.Tensor, nn.Module)) and a == b)
-
-    return len(before) == len(after) and all(
-        m is n and same(a, b) for (m, a), (n, b) in zip(before, after, strict=True)
-    )
-
-
-class Untouched:
-    """Asserts that an attempt raises, and that the model is as it was."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.text = generated(model)
-
-    def refuses(self, kind: type[KVQuantError], match: str, **options: Any) -> None:
-        model = self.model
-        before, config = attributes(model), model.config.to_dict()
-        weights = {name: p.clone() for name, p in model.state_dict().items()}
-        implementation = model.config._attn_implementation
-        with pytest.raises(kind, match=match) as caught:
-            kvquant_compile.optimize(model, **options)
-        error = caught.value
-        assert error.what
-        assert error.why
-        assert error.do
-        assert same_attributes(before, attributes(model))
-        assert model.config.to_dict() == config
-        assert model.config._attn_implementation == implementation
-        for name, weight in model.state_dict().items():
-            assert torch.equal(weight, weights[name])
-        assert all(p.grad is None and p.requires_grad for p in model.parameters())
-        assert torch.equal(generated(model), self.text)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Untouched:
-    return Untouched(tiny("llama"))
 
 
 def tiny_bert() -> PreTrainedModel:
@@ -225,55 +167,6 @@ def test_an_empty_text_with_a_tokenizer(llama: Untouched) -> None:
         return {"input_ids": [ord(c) for c in text]}
 
     llama.refuses(CalibrationError, "empty", calibration="", tokenizer=tokenizer)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = kvquant_compile.optimize(tiny("llama"), bits=2, calibration=TEXT)
-    path = tmp_path_factory.mktemp("artifact") / "tables.safetensors"
-    kvquant_compile.artifact(model).save(path)
-    return path
-
-
-def test_the_artifact_of_another_model(llama: Untouched, saved: Path) -> None:
-    other = Untouched(tiny("llama", seed=1))
-    other.refuses(ArtifactError, "another model", calibration=saved)
-    wider = Untouched(tiny("llama", hidden_size=32))
-    wider.refuses(ArtifactError, "another model", calibration=str(saved))
-
-
-def test_a_missing_artifact(llama: Untouched, tmp_path: Path) -> None:
-    llama.refuses(ArtifactError, "does not exist", calibration=tmp_path / "no.safetensors")
-    llama.refuses(ArtifactError, "does not exist", calibration=str(tmp_path / "no.safetensors"))
-
-
-@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, 0.99])
-def test_a_truncated_artifact(llama: Untouched, saved: Path, tmp_path: Path, kept: float) -> None:
-    content, path = saved.read_bytes(), tmp_path / "cut.safetensors"
-    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    llama.refuses(ArtifactError, "damaged", calibration=path)
-
-
-@pytest.mark.parametrize("part", range(8))
-def test_an_artifact_with_a_flipped_byte(
-    llama: Untouched, saved: Path, tmp_path: Path, part: int
-) -> None:
-    content, path = bytearray(saved.read_bytes()), tmp_path / "flipped.safetensors"
-    content[20 + part * (len(content) - 21) // 7] ^= 1
-    path.write_bytes(content)
-    llama.refuses(ArtifactError, "damaged|cannot be used", calibration=path)
-
-
-@pytest.mark.parametrize("change", [{"version": "1"}, {"kind": "weights"}, {"checksum": "0"}])
-def test_an_artifact_of_another_kind_or_version(
-    llama: Untouched, saved: Path, tmp_path: Path, change: dict[str, str]
-) -> None:
-    with safe_open(saved, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    path = tmp_path / "other.safetensors"
-    save_file(tensors, path, metadata=metadata | change)
-    llama.refuses(ArtifactError, "damaged|version", calibration=path)
 
 
 def test_an_already_optimised_model_keeps_its_tables() -> None:
