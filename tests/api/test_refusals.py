@@ -85,6 +85,8 @@ def test_things_that_are_no_module(thing: Any) -> None:
         ({"bits": (3, 2, 1)}, "bits="),
         ({"bits": {0: 3, 1: "x"}}, "bits='x'"),
         ({"slots": 9}, "slots=9"),
+        ({"slots": (1, 9)}, r"slots=\(1, 9\)"),
+        ({"slots": (1, 0, 0)}, r"slots=\(1, 0, 0\)"),
         ({"slots": -1}, "slots=-1"),
         ({"slots": True}, "slots=True"),
         ({"sinks": -1}, "sinks=-1"),
