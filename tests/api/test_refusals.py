@@ -231,3 +231,11 @@ def test_a_rewrite_that_is_wrong_is_not_installed(
 
     monkeypatch.setattr(program, "lower_layer", wrong)
     llama.refuses(kvquant_compile.ValidationError, "differs from the original", bits=16)
+
+
+def test_gradients_are_refused_where_they_are_asked_for() -> None:
+    model = kvquant_compile.optimize(tiny("llama"), bits=16)
+    loss = model(tokens(2, 20), use_cache=True).logits.square().mean()
+    with pytest.raises(OptionError, match="no gradient flows"):
+        loss.backward()
+    assert all(layer.self_attn.q_proj.weight.grad is None for layer in model.model.layers)
