@@ -66,8 +66,9 @@ def test_kinds_of_adapters(settings: dict[str, Any]) -> None:
 def test_three_bits_through_a_wrapper_are_those_of_the_merged_model() -> None:
     model, merged = lora(), lora().merge_and_unload()
     windows = zoo.tokens(4, 64, seed=7)
+    options = {"calibration": windows, "attend_quantized": True, "recent_window": 0}
     for each in (model, merged):
-        kvquant_compile.optimize(each, bits=3, calibration=windows, attend_quantized=True)
+        kvquant_compile.optimize(each, bits=3, **options)
     with torch.no_grad():
         one, other = (each(IDS).logits for each in (model, merged))
     error = float((one - other).norm() / other.norm())
