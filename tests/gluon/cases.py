@@ -12,7 +12,7 @@ from tests.triton.cases import Case
 
 PLAIN = CodecSpec(3, 3, 0, 0, False, 0)
 DEFAULT = CodecSpec(3, 3, 1, 1, True, 1)
-RECENT = replace(DEFAULT, recent_tokens=32)
+RECENT = replace(DEFAULT, value_slots=0, recent_tokens=16)  # as `optimize` makes it
 BASE = Case(
     PLAIN, (128, 128), half_rope(128, 128), heads=1, rep=4, lengths=(300,), start=1000,
     dtype=torch.float16,

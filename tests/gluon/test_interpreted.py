@@ -63,7 +63,9 @@ SMALL = {
         NARROW, rope=None, spec=CodecSpec(3, 3, 1, 0, True, 0), rep=8, lengths=(130,)
     ),
     "peaked": replace(NARROW, sharpness=16.0, lengths=(150,)),
-    "recent": replace(NARROW, spec=RECENT, lengths=(150, 0, 7), steps=3, rep=2, hidden=0),
+    "recent, the default": replace(
+        NARROW, spec=replace(RECENT, value_slots=0), lengths=(150, 0, 7), steps=3, rep=2, hidden=0
+    ),
     "recent, cropped, window, soft-cap": replace(
         HALF_SERIES, spec=replace(RECENT, sink_tokens=3), lengths=(70, 10), cropped=6, window=20,
         hidden=3, softcap=1.5, rep=1
