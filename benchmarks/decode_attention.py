@@ -3,9 +3,9 @@
     python -m benchmarks.decode_attention --groups grouped --out docs/results/decode-h200.json
 
 All contenders of a row are set up and captured as CUDA graphs, then replayed in alternating rounds
-(:mod:`benchmarks.rounds`). Caches of up to 131072 tokens are rotated, so that the L2 cache does not
-serve reads. Kernels are compiled before, in parallel processes. A contender that fails leaves its
-error in the record and the others run on.
+(:mod:`benchmarks.rounds`), the device resting before each. Caches of up to 131072 tokens are
+rotated, so that the L2 cache does not serve reads. Kernels are compiled before, in parallel
+processes. A contender that fails leaves its error in the record and the others run on.
 """
 
 from __future__ import annotations
@@ -120,7 +120,10 @@ def main() -> None:
         record["compile_seconds"] = round(compile_all(names, sizes, args.jobs), 1)
         record["bandwidth"] = bandwidth()
         read = record["bandwidth"]["read"]
-    schedule = Schedule(args.rounds, slice_seconds=args.slice, sustained_seconds=args.sustained)
+    schedule = Schedule(
+        args.rounds, slice_seconds=args.slice, pause_seconds=args.pause,
+        sustained_seconds=args.sustained,
+    )  # fmt: skip
     for size in sizes:
         start = time.perf_counter()
         results = measure(names, size, device, schedule)
@@ -147,6 +150,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=Schedule.rounds)
     parser.add_argument("--slice", type=float, default=Schedule.slice_seconds,
                         help="seconds of a contender in a round")  # fmt: skip
+    parser.add_argument("--pause", type=float, default=Schedule.pause_seconds,
+                        help="seconds without work before every slice")  # fmt: skip
     parser.add_argument("--sustained", type=float, default=Schedule.sustained_seconds,
                         help="seconds of a contender alone, after the rounds")  # fmt: skip
     parser.add_argument("--device", default="cuda")

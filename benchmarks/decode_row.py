@@ -14,7 +14,7 @@ from benchmarks.contenders import Contender, makers
 from benchmarks.measure import Call, failure, graph_slice, wall_seconds
 from benchmarks.rounds import Schedule, Slice, alternate, sustained
 
-CHOOSING = Schedule(rounds=2, warm=1, slice_seconds=0.01)
+CHOOSING = Schedule(rounds=2, warm=1, slice_seconds=0.01, pause_seconds=0.0)
 """How the settings of a contender are compared before the fastest of them takes part."""
 
 

@@ -35,9 +35,12 @@ def origin(record: Record) -> str:
     if "bandwidth" in record:
         read, copy = (record["bandwidth"][k] / 1e12 for k in ("read", "copy"))
         text += f" Bandwidth in this run: {read:.2f} TB/s reading, {copy:.2f} TB/s copying."
-    rounds = {row["schedule"]["rounds"] for row in record.get("rows", []) if "schedule" in row}
-    if rounds:
-        text += f" Medians of {' or '.join(map(str, sorted(rounds)))} alternating rounds."
+    schedules = [row["schedule"] for row in record.get("rows", []) if "schedule" in row]
+    if rounds := {s["rounds"] for s in schedules}:
+        text += f" Medians of {' or '.join(map(str, sorted(rounds)))} alternating rounds"
+        pauses = {s.get("pause_seconds", 0) for s in schedules} - {0}
+        rest = " or ".join(f"{1000 * pause:.0f}" for pause in sorted(pauses))
+        text += f", {rest} ms of rest before each slice." if rest else ", without rests."
     return " ".join([text, *(f"{note[0].upper()}{note[1:]}." for note in record.get("notes", []))])
 
 

@@ -2,14 +2,17 @@
 
 A device at its power limit lowers its clock within milliseconds, by as much as what runs on it
 asks for. Times that were taken one contender after another therefore depend on who ran before.
-Here every contender runs for a short slice in each round, in another order each time, and its
-result is the median over rounds. What it does with the device to itself is measured afterwards.
+Here every contender runs for a short slice in each round, in another order each time, and the
+device rests before every slice, so that all of them find it at its full clock; a result is the
+median over rounds. What a contender does under steady load, with the device to itself, is measured
+afterwards.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +33,7 @@ class Schedule:
         rounds: that count.
         warm: rounds before them, which bring the device to its clock.
         slice_seconds: of one contender in one round.
+        pause_seconds: without work before every slice.
         sustained_seconds: of one contender alone, after the rounds; 0 for none.
         sustained_from: seconds of the slowest call from which contenders also run alone: below,
             the device is not at its power limit.
@@ -38,6 +42,7 @@ class Schedule:
     rounds: int = 5
     warm: int = 1
     slice_seconds: float = 0.02
+    pause_seconds: float = 0.05
     sustained_seconds: float = 0.3
     sustained_from: float = 100e-6
 
@@ -63,6 +68,7 @@ def alternate(
     errors: dict[str, str] = {}
     for number in range(schedule.warm + schedule.rounds):
         for name in order(list(times), number):
+            time.sleep(schedule.pause_seconds)
             try:
                 times[name].append(slices[name](schedule.slice_seconds))
             except Exception as error:

@@ -77,8 +77,12 @@ def test_sustained_ratios_are_among_sustained_times(tmp_path: Path) -> None:
     text = report.section("sustained", "x", tmp_path)
     row = "| 32/8 x 1M | 108.0 (cudnn bf16) | failed | 30.0 · 3.60x | failed | failed |"
     assert row in text
-    assert "copying. Medians of 5 alternating rounds. Something" in text
+    assert "copying. Medians of 5 alternating rounds, without rests. Something" in text
     assert "| 40.0 · 2.50x · 2.00 (50 %) |" in report.section("decode", "x", tmp_path)
+    rested = in_rounds()
+    rested["rows"][0]["schedule"]["pause_seconds"] = 0.05
+    (tmp_path / "z.json").write_text(json.dumps(rested))
+    assert "rounds, 50 ms of rest before each slice." in report.section("sustained", "z", tmp_path)
     short = in_rounds()
     short["rows"][0]["results"]["flash bf16"]["us"] = 99.0
     for record in (DECODE, short):  # without such times, or below the power limit

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode_row
+from benchmarks import decode_row, rounds
 from benchmarks.cases import Size
 from benchmarks.contenders import Contender
 from benchmarks.decode_attention import compile_tasks
 from benchmarks.rounds import LAST, Schedule, alternate, order, sustained
 
 CPU = torch.device("cpu")
-SCHEDULE = Schedule(rounds=4, warm=1, slice_seconds=0.02, sustained_seconds=0.2)
+SCHEDULE = Schedule(rounds=4, warm=1, slice_seconds=0.02, pause_seconds=0.0, sustained_seconds=0.2)
 
 
 class Device:
@@ -67,6 +67,19 @@ def test_heat_does_not_favour_who_ran_first() -> None:
     rest = Schedule(sustained_seconds=0.3)
     found = {n: sustained(alone.slice(n, s), rest) for n, s in seconds.items()}
     assert found["peer"] / found["ours"] < 1.8  # what one after another would have said
+
+
+def test_the_device_rests_before_every_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+
+    def rest(seconds: float) -> None:
+        assert seconds == 0.5
+        device.elapsed = 0.0
+
+    monkeypatch.setattr(rounds.time, "sleep", rest)
+    schedule = replace(SCHEDULE, pause_seconds=0.5)
+    times, _ = alternate({n: device.slice(n, 1e-3) for n in "abc"}, schedule)
+    assert {t for found in times.values() for t in found} == {1e-3 * (1 + 0.02 / 10)}
 
 
 def test_a_contender_that_fails_leaves_its_error() -> None:

@@ -18,9 +18,13 @@ BASE = Case(
     dtype=torch.float16,
 )  # fmt: skip
 
+FAR = half_rope(128, 128, 5e5)
+SLOW = replace(FAR, frequencies=tuple(f / 20 for f in half_rope(128, 128).frequencies))
+"""Frequencies of which the first pairs turn by less than two radians in half a page."""
+
 FORMATS = {
     "3 bit": BASE,
-    "3 bit, far frequencies": replace(BASE, rope=half_rope(128, 128, 5e5)),
+    "3 bit, far frequencies": replace(BASE, rope=FAR),
     "3 bit, no RoPE": replace(BASE, rope=None),
     "default": replace(BASE, spec=DEFAULT),
     "default, no RoPE": replace(BASE, rope=None, spec=DEFAULT, hidden=9),
@@ -55,7 +59,7 @@ FEATURES = {
     "scattered positions": replace(BASE, scattered=True, rep=1, lengths=(20, 3)),
     "scattered and hidden": replace(BASE, scattered=True, hidden=5, rep=2, lengths=(100,)),
     "one query": replace(BASE, rep=1, heads=2, spec=DEFAULT, start=999_000),
-    "two queries": replace(BASE, rep=2, rope=half_rope(128, 128, 5e5), spec=RECENT),
+    "two queries": replace(BASE, rep=2, rope=FAR, spec=RECENT),
     "rep 8": replace(BASE, rep=8),
     "rep 16": replace(BASE, rep=16),
     "four steps": replace(BASE, steps=4, spec=DEFAULT),
@@ -63,6 +67,11 @@ FEATURES = {
     "own tokens from pages": replace(BASE, exact=False),
     "window, steps, own tokens": replace(BASE, steps=3, exact=False, rep=2, window=40),
     "peaked": replace(BASE, sharpness=16.0),
+    "peaked, far frequencies": replace(BASE, sharpness=16.0, rope=FAR),
+    "far frequencies, token scales": replace(BASE, spec=DEFAULT, rope=FAR),
+    "three queries, slow frequencies": replace(
+        BASE, spec=RECENT, rep=3, rope=SLOW, hidden=9
+    ),
     "a step over a page's edge": replace(BASE, steps=2, rep=2, exact=False, lengths=(127,), seed=1),
     "recent": replace(BASE, spec=RECENT, lengths=(300, 7), steps=2, rep=2),
     "recent, cropped, window": replace(

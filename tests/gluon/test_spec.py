@@ -97,3 +97,8 @@ def test_formats_that_are_not_generated_say_why(
     said = unsupported(PageLayout(codec, 2, *dims, 2))
     assert reason in said
     assert bool(reason) == bool(said)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_no_kernel_of_a_format_needs_more_than_the_bound(spec: GluonSpec) -> None:
+    assert Memory(spec).size <= Memory.bound(spec.layout)
