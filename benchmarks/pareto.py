@@ -97,7 +97,7 @@ def make_labs(args: argparse.Namespace, results: Results, bar: Progress) -> list
         data = data[len(data) // 2 :]
     model, tokenizer = load_model(args.model, args.dtype)
     model.to(args.device)
-    options = CalibrationOptions.make(windows=args.calibration_windows)
+    options = CalibrationOptions.make(windows=args.calibration_windows, own_text=args.own_text)
     some = next(iter(texts.values()))
     whole = Lab(model, tokenizer, some, args.windows[0], None, data, options, results, bar)
     limits = args.limits or [None] * len(texts)
@@ -118,6 +118,7 @@ def record(args: argparse.Namespace, shard: Shard, seconds: dict[str, float]) ->
         "calibration": args.calibrate_on or args.calibration.stem,
         "given": args.calibrate_on is None,
         "calibration_source": source.source,
+        "own_text": first.options.own_text,
         "texts": {digest(read_text(path)): path.stem for path in args.texts},
         "elements": sum(
             plan.kv_heads * (plan.key_dim + plan.value_dim)
@@ -170,6 +171,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--calibrate-on", help="a scored text's name, or none")
     parser.add_argument("--calibration-windows", type=int)
+    parser.add_argument("--own-text", type=float, help="part of the calibration tokens that the "
+                        "model samples itself beside a text")  # fmt: skip
     parser.add_argument("--recipes", default=RECIPES)
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--windows", type=int, nargs="+", default=[2048, 4096])

@@ -57,6 +57,7 @@ def optimize(
     seed: int = 0,
     windows: int | None = None,
     sensitivity: str = "fisher",
+    own_text: float | None = None,
     attend_quantized: bool = False,
     cuda_graphs: bool = True,
     prefill_chunk: int | None = PREFILL_CHUNK,
@@ -105,6 +106,9 @@ def optimize(
         strict: raise when a layer's keys must be stored after RoPE; else warn once.
         seed: of calibration; same seed, same tables.
         windows: calibration windows; None for the default.
+        own_text: part of the calibration tokens that the model samples itself where text is given,
+            which keeps tables from a narrow text good for others; None: half. 0 takes the text
+            alone, and twice as much of it.
         sensitivity: "fisher" (squared gradients of the loss) or "none" (no backward pass).
         attend_quantized: every token, the current step's own included, attends to quantised
             keys and values only. Slower and a little less accurate; what evaluation needs.
@@ -130,7 +134,7 @@ def optimize(
     check_chunk(prefill_chunk)
     exact = slots, sinks, recent_window
     asked = Asked.make(bits, budget, allocation, recipe, exact, calibration, tokenizer)
-    options = CalibrationOptions.make(seed=seed, windows=windows, sensitivity=sensitivity)
+    options = CalibrationOptions.make(seed, windows, sensitivity, own_text)
     observer = dumping(dump, type(model).__name__)
     # Gradients are needed in calibration, whatever mode the caller is in.
     with (

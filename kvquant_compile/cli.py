@@ -20,6 +20,7 @@ from kvquant_compile.cli_options import (
     JsonOption,
     ModelOption,
     OneFormatOption,
+    OwnTextOption,
     WindowsOption,
     table_console,
 )
@@ -73,13 +74,14 @@ def calibrate(
     budget: BudgetOption = None,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
+    own_text: OwnTextOption = None,
     dtype: DtypeOption = "auto",
     seed: int = 0,
 ) -> None:
     """Fit tables and save them; ``optimize(model, calibration="file.safetensors")`` uses them."""
     import kvquant_compile
 
-    network = _optimised(model, bits, budget, calibration, windows, dtype, seed)
+    network = _optimised(model, bits, budget, calibration, (windows, own_text), dtype, seed)
     kvquant_compile.artifact(network).save(output)
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
@@ -91,6 +93,7 @@ def explain(
     budget: BudgetOption = None,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
+    own_text: OwnTextOption = None,
     dtype: DtypeOption = "auto",
     seed: int = 0,
     layer: Annotated[int | None, typer.Option(help="Only this cache layer.")] = None,
@@ -105,7 +108,7 @@ def explain(
     import kvquant_compile
     from kvquant_compile.inspect.certificates import save as save_certificates
 
-    network = _optimised(model, bits, budget, calibration, windows, dtype, seed, dump)
+    network = _optimised(model, bits, budget, calibration, (windows, own_text), dtype, seed, dump)
     if certificates is not None:
         save_certificates(kvquant_compile.certificates(network), certificates)
     report = kvquant_compile.explain(network, layer=layer, source=source)
@@ -128,6 +131,7 @@ def export(
     budget: BudgetOption = None,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
+    own_text: OwnTextOption = None,
     seed: int = 0,
 ) -> None:
     """Optimise a model and write it as a file for onnxruntime or torch.export."""
@@ -137,7 +141,7 @@ def export(
         raise OptionError(
             f"--format {format}", why="known are onnx and pt2", do="Pass one of them."
         )
-    network = _optimised(model, bits, budget, calibration, windows, "float32", seed)
+    network = _optimised(model, bits, budget, calibration, (windows, own_text), "float32", seed)
     if format == "onnx":
         export_onnx(network, output, opset=opset)
     else:
@@ -154,12 +158,13 @@ def optimize(
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
     calibration: CalibrationOption = None,
     windows: WindowsOption = None,
+    own_text: OwnTextOption = None,
     dtype: DtypeOption = "auto",
     seed: int = 0,
     dump: DumpOption = None,
 ) -> None:
     """Optimise a model and continue a prompt with it."""
-    network = _optimised(model, bits, budget, calibration, windows, dtype, seed, dump)
+    network = _optimised(model, bits, budget, calibration, (windows, own_text), dtype, seed, dump)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
     output = network.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -219,7 +224,7 @@ def _optimised(
     bits: str | None,
     budget: str | None,
     calibration: Path | None,
-    windows: int | None,
+    amounts: tuple[int | None, float | None],
     dtype: str,
     seed: int,
     dump: Path | None = None,
@@ -238,7 +243,8 @@ def _optimised(
         budget=_number(budget),
         calibration=data,
         tokenizer=tokenizer,
-        windows=windows,
+        windows=amounts[0],
+        own_text=amounts[1],
         seed=seed,
         dump=dump,
     )

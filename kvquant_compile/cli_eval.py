@@ -13,6 +13,7 @@ from kvquant_compile.cli_options import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    OwnTextOption,
     WindowsOption,
     table_console,
 )
@@ -67,6 +68,7 @@ def evaluate(
         Path | None, typer.Option(help="Text file; default: the model samples its own text.")
     ] = None,
     windows: WindowsOption = None,
+    own_text: OwnTextOption = None,
     results: Annotated[
         Path | None, typer.Option(help="JSON file to write, and to go on from.")
     ] = None,
@@ -89,7 +91,7 @@ def evaluate(
     from kvquant_compile.progress import Progress
 
     points = parse_points(recipes, bits)
-    options = CalibrationOptions.make(seed=seed, windows=windows)
+    options = CalibrationOptions.make(seed=seed, windows=windows, own_text=own_text)
     wanted = Wanted(grid, needle, _tokens(agreement, window), errors)
     scored = read_text(text)
     data = None if calibration is None else read_text(calibration)

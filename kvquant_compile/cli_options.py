@@ -27,6 +27,11 @@ CalibrationOption = Annotated[
                  "model samples its own text."),
 ]  # fmt: skip
 WindowsOption = Annotated[int | None, typer.Option("--windows", help="Calibration windows.")]
+OwnTextOption = Annotated[
+    float | None,
+    typer.Option("--own-text", help="Part of the calibration tokens that the model samples itself "
+                 "beside a given text; default: half."),
+]  # fmt: skip
 DumpOption = Annotated[
     Path | None,
     typer.Option("--dump", help="Folder for graphs after every pass, plots, and an index.html."),

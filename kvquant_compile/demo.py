@@ -64,7 +64,7 @@ def run_demo(
         start = time.perf_counter()
         shown = False if quiet else None
         kvquant_compile.optimize(
-            model, b, calibration=windows, windows=len(windows), progress=shown
+            model, b, calibration=windows, windows=len(windows), own_text=0, progress=shown
         )
         seconds[f"optimize to {b} bits"] = time.perf_counter() - start
         report = kvquant_compile.explain(model)

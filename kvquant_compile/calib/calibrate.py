@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvquant_compile.calib.artifact import Artifact
-from kvquant_compile.calib.data import WindowSettings, calibration_windows, sample_windows
+from kvquant_compile.calib.data import (
+    WindowSettings,
+    calibration_windows,
+    sample_windows,
+    vocabulary,
+)
 from kvquant_compile.calib.fit import fit_layer, fit_recipe
 from kvquant_compile.calib.observe import Observed, observe
 from kvquant_compile.calib.outliers import outlying_values
@@ -24,6 +30,8 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.progress import Progress
 
 _log = logger("calib")
+OWN_TOKENS, OWN_BATCH = 256, 64
+"""Own text beside given text: many short sequences, since it is there for being varied."""
 SENSITIVITIES = ("fisher", "none")
 
 
@@ -36,15 +44,34 @@ class CalibrationOptions:
         fit: ingredients of the fit.
         sampled: windows when the model has to sample them itself (sampling costs a decode step
             per token, so they are shorter).
+        own_text: part of the tokens that the model samples itself where text is given. Tables from
+            a narrow text alone serve others badly: channels' means move by a third of a deviation.
     """
 
     windows: WindowSettings = field(default_factory=WindowSettings)
     fit: FitSettings = field(default_factory=FitSettings)
     sampled: WindowSettings = field(default_factory=lambda: WindowSettings(32, 512))
+    own_text: float = 0.5
+
+    @property
+    def given(self) -> WindowSettings:
+        """What is taken of a given text."""
+        count = max(1, round(self.windows.windows * (1 - self.own_text)))
+        return replace(self.windows, windows=count)
+
+    def own(self, given: Sequence[Tensor]) -> WindowSettings:
+        """What the model samples beside some windows of a text, in proportion to their tokens."""
+        longest = max(ids.shape[1] for ids in given)
+        tokens = sum(ids.shape[1] for ids in given) * self.own_text / (1 - self.own_text)
+        length = min(OWN_TOKENS, longest)
+        return WindowSettings(max(1, round(tokens / length)), length, self.windows.seed)
 
     @staticmethod
     def make(
-        seed: int = 0, windows: int | None = None, sensitivity: str = "fisher"
+        seed: int = 0,
+        windows: int | None = None,
+        sensitivity: str = "fisher",
+        own_text: float | None = None,
     ) -> CalibrationOptions:
         """Options from what ``optimize`` was given.
 
@@ -68,10 +95,23 @@ class CalibrationOptions:
                 do="Leave it out for the default.",
             )
         base = CalibrationOptions()
+        own = base.own_text if own_text is None else _own_part(own_text)
         given = WindowSettings(windows or base.windows.windows, base.windows.tokens, seed)
         sampled = WindowSettings(windows or base.sampled.windows, base.sampled.tokens, seed)
         fit = FitSettings(sensitivity=sensitivity == "fisher")
-        return CalibrationOptions(given, fit, sampled)
+        return CalibrationOptions(given, fit, sampled, own)
+
+
+def _own_part(part: Any) -> float:
+    number = isinstance(part, int | float) and not isinstance(part, bool)
+    if not number or not 0 <= part < 1:
+        raise OptionError(
+            f"own_text={part!r}",
+            why="it is the part of the calibration tokens that the model samples itself beside a "
+            "given text, at least 0 and below 1",
+            do="Leave it out for half, pass 0 for the text alone, or give no text at all.",
+        )
+    return float(part)
 
 
 def _is_whole(value: Any) -> bool:
@@ -92,43 +132,67 @@ def observe_windows(
     Raises:
         CalibrationError: the data is unusable.
     """
-    windows = choose_windows(captured, data, tokenizer, options, bar)
-    return observe_chosen(captured, layers, windows, data is None, options, bar)
+    windows, source = choose_windows(captured, data, tokenizer, options, bar)
+    return observe_chosen(captured, layers, windows, source, options, bar)
 
 
 def choose_windows(
     captured: Captured, data: Any, tokenizer: Any, options: CalibrationOptions, bar: Progress
-) -> list[Tensor]:
-    """The user's windows int64 [1, S], or sampled ones if there is no data.
+) -> tuple[list[Tensor], str]:
+    """Windows int64 [1, S] of the user's data and of the model's own text, and a word for where
+    they come from.
 
     Raises:
         CalibrationError: the data is unusable.
     """
     if data is None:
         bar.stage("sample calibration text")
-        return sample_windows(captured, options.sampled)
-    return calibration_windows(data, tokenizer, captured, options.windows)
+        return sample_windows(captured, options.sampled), "sampled by the model"
+    given = calibration_windows(data, tokenizer, captured, options.given)
+    if not options.own_text:
+        return given, "given"
+    if not vocabulary(captured.model):
+        _log.warning("calibrated on the given text alone: the model's vocabulary is not known")
+        return given, "given"
+    bar.stage("sample calibration text")
+    own = sample_windows(captured, options.own(given), OWN_BATCH)
+    return [*given, *own], "given and sampled by the model"
 
 
 def observe_chosen(
     captured: Captured,
     layers: Sequence[MatchedLayer],
     windows: Sequence[Tensor],
-    sampled: bool,
+    origin: str,
     options: CalibrationOptions,
     bar: Progress,
 ) -> tuple[dict[int, Observed], dict[str, Any]]:
-    """As :func:`observe_windows`, of windows int64 [1, S] that are chosen already."""
-    steps = bar.each("observe keys and values", windows, len(windows))
+    """As :func:`observe_windows`, of windows int64 [1, S] that are chosen already, and a word for
+    where they come from."""
+    batches = batched(windows, options.windows.tokens)
+    steps = bar.each("observe keys and values", batches, len(batches))
     observed = observe(captured, layers, steps, options.fit.sensitivity)
     source = {
-        "source": "sampled by the model" if sampled else "given",
+        "source": origin,
         "windows": len(windows),
         "tokens": sum(w.shape[1] for w in windows),
         "seed": options.windows.seed,
     }
     _log.info("observed %(tokens)d tokens in %(windows)d windows, %(source)s", source)
     return observed, source
+
+
+def batched(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Neighbours of one length [1, S] as batches [B, S] of at most so many tokens."""
+    groups: list[list[Tensor]] = []
+    for ids in windows:
+        last = groups[-1] if groups else []
+        fits = (len(last) + 1) * ids.shape[1] <= tokens
+        if last and fits and last[0].shape == ids.shape:
+            last.append(ids)
+        else:
+            groups.append([ids])
+    return [torch.cat(group) for group in groups]
 
 
 def fit_artifact(

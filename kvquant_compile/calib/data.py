@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvquant_compile.calib.observe import predicted
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.capture.run import Store, run_marked
 from kvquant_compile.errors import CalibrationError
@@ -109,6 +110,7 @@ def sample_windows(captured: Captured, settings: WindowSettings, batch: int = 16
 
     Raises:
         CalibrationError: the model's vocabulary is unknown.
+        UnsupportedModelError: it predicts no tokens.
     """
     size = vocabulary(captured.model)
     if not size:
@@ -150,7 +152,8 @@ def _sample(captured: Captured, ids: Tensor, tokens: int) -> Tensor:
     step = ids
     while ids.shape[1] < tokens:
         if captured.decoder is None:
-            logits = model(input_ids=step, past_key_values=past, use_cache=True).logits
+            result = model(input_ids=step, past_key_values=past, use_cache=True)
+            logits = predicted(model, result)
         else:
             cached = ids.shape[1] - step.shape[1]
             logits = run_marked(captured.graph_module, store, step, cached)

@@ -170,10 +170,19 @@ def run_captured(captured: Captured, run: Callable[..., Any], ids: Tensor) -> Te
     last = run(*(inputs[name] for name in names))
     with _constant_backbone(backbone, last):
         result = captured.model(input_ids=ids, use_cache=False)
+    return predicted(captured.model, result)
+
+
+def predicted(model: nn.Module, result: Any) -> Tensor:
+    """Logits of what a transformers model returned.
+
+    Raises:
+        UnsupportedModelError: it returned none.
+    """
     logits = getattr(result, "logits", None)
     if logits is None:
         raise UnsupportedModelError(
-            f"{type(captured.model).__name__} cannot be calibrated or scored",
+            f"{type(model).__name__} cannot be calibrated or scored",
             why="it has no language-model head, so it predicts no tokens",
             do="Pass the causal LM that contains it.",
         )

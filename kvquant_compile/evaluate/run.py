@@ -61,8 +61,8 @@ def prepare(
     captured = capture(model)
     layers = recognise(captured)
     captured_at = time.perf_counter()
-    windows = choose_windows(captured, calibration, tokenizer, options, bar)
-    observed, source = observe_chosen(captured, layers, windows, calibration is None, options, bar)
+    windows, origin = choose_windows(captured, calibration, tokenizer, options, bar)
+    observed, source = observe_chosen(captured, layers, windows, origin, options, bar)
     seconds = {
         "capture": captured_at - start,
         "observe": time.perf_counter() - captured_at,

@@ -68,6 +68,7 @@ class Source:
                 "text": None if self.calibration is None else digest(self.calibration),
                 "windows": windows.windows,
                 "seed": windows.seed,
+                "own_text": None if self.calibration is None else self.options.own_text,
             },
         }
 

@@ -48,8 +48,8 @@ def calibrate_mixed(
     candidates(layers, choice, request, captured.dtype.itemsize)  # refuse before work is done
     if request.method == "fisher" and not options.fit.sensitivity:
         raise no_gradients()
-    windows = choose_windows(captured, data, tokenizer, options, bar)
-    observed, source = observe_chosen(captured, layers, windows, data is None, options, bar)
+    windows, origin = choose_windows(captured, data, tokenizer, options, bar)
+    observed, source = observe_chosen(captured, layers, windows, origin, options, bar)
     artifact = mix(captured, layers, choice, request, windows, observed, options, source, bar)
     observer.calibrated(layers, observed, artifact)
     return artifact

@@ -97,6 +97,10 @@ def test_things_that_are_no_module(thing: Any) -> None:
         ({"windows": True}, "windows=True"),
         ({"windows": "x"}, "windows='x'"),
         ({"seed": "x"}, "seed='x'"),
+        ({"own_text": 1}, "own_text=1"),
+        ({"own_text": -0.1}, "own_text=-0.1"),
+        ({"own_text": True}, "own_text=True"),
+        ({"own_text": "half"}, "own_text='half'"),
     ],
     ids=str,
 )
