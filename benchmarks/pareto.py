@@ -118,7 +118,6 @@ def record(args: argparse.Namespace, shard: Shard, seconds: dict[str, float]) ->
         "calibration": args.calibrate_on or args.calibration.stem,
         "given": args.calibrate_on is None,
         "calibration_source": source.source,
-        "own_text": first.options.own_text,
         "texts": {digest(read_text(path)): path.stem for path in args.texts},
         "elements": sum(
             plan.kv_heads * (plan.key_dim + plan.value_dim)

@@ -140,7 +140,7 @@ def test_calibrate_then_explain_and_optimize_from_the_artifact(
     report = json.loads(out)
     assert code == 0
     assert report["model"] == "LlamaForCausalLM"
-    assert report["calibration"]["source"] == "given"
+    assert report["calibration"]["source"] == "given and sampled by the model"
     for layer in report["layers"]:
         assert (layer["key_bits"], layer["value_bits"]) == (4, 2)
         assert layer["proof"] == "symbolic"

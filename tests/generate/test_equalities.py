@@ -190,11 +190,11 @@ def _alone(model: PreTrainedModel, text: torch.Tensor, prompt: int) -> torch.Ten
     return total
 
 
-def test_prompt_lookup_equals_greedy(kind: str, model: PreTrainedModel) -> None:
+def test_prompt_lookup_equals_greedy(kind: str, paged: PreTrainedModel) -> None:
     prompt = torch.cat([prompts(kind, 1, 40), prompts(kind, 1, 40)], 1)
-    with quantised_attention(model):
-        greedy = generate(model, prompt)
-        assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3), greedy)
+    with quantised_attention(paged):
+        greedy = generate(paged, prompt)
+        assert torch.equal(generate(paged, prompt, prompt_lookup_num_tokens=3), greedy)
 
 
 def test_repeated_rows_equal_rows_of_their_own(kind: str, model: PreTrainedModel) -> None:

@@ -31,7 +31,8 @@ RECIPES: dict[str, tuple[Any, Any]] = {
 @functools.cache
 def optimised(name: str) -> Any:
     recipe, bits = RECIPES[name]
-    return kvquant_compile.optimize(tiny("llama"), bits, recipe=recipe, calibration=TEXT)
+    given = {"calibration": TEXT, "own_text": 0}
+    return kvquant_compile.optimize(tiny("llama"), bits, recipe=recipe, **given)
 
 
 @functools.cache
