@@ -179,7 +179,8 @@ def sample_calibration(
     model: nn.Module, windows: int = 32, tokens: int = 512, seed: int = 0
 ) -> list[Tensor]:
     """Token windows int64 [1, tokens] that the model samples itself; what ``optimize`` uses when
-    it is given no text. Reuse them to optimise at several widths.
+    it is given no text. Reuse them to optimise at several widths (``calibration=windows,
+    own_text=0``).
 
     Args:
         model: a causal LM, optimised or not.
