@@ -81,7 +81,7 @@ def calibrate(
     """Fit tables and save them; ``optimize(model, calibration="file.safetensors")`` uses them."""
     import kvquant_compile
 
-    network = _optimised(model, bits, budget, calibration, (windows, own_text), dtype, seed)
+    network = _optimised(model, bits, budget, calibration, windows, own_text, dtype, seed)
     kvquant_compile.artifact(network).save(output)
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
@@ -108,7 +108,7 @@ def explain(
     import kvquant_compile
     from kvquant_compile.inspect.certificates import save as save_certificates
 
-    network = _optimised(model, bits, budget, calibration, (windows, own_text), dtype, seed, dump)
+    network = _optimised(model, bits, budget, calibration, windows, own_text, dtype, seed, dump)
     if certificates is not None:
         save_certificates(kvquant_compile.certificates(network), certificates)
     report = kvquant_compile.explain(network, layer=layer, source=source)
@@ -141,7 +141,7 @@ def export(
         raise OptionError(
             f"--format {format}", why="known are onnx and pt2", do="Pass one of them."
         )
-    network = _optimised(model, bits, budget, calibration, (windows, own_text), "float32", seed)
+    network = _optimised(model, bits, budget, calibration, windows, own_text, "float32", seed)
     if format == "onnx":
         export_onnx(network, output, opset=opset)
     else:
@@ -164,7 +164,7 @@ def optimize(
     dump: DumpOption = None,
 ) -> None:
     """Optimise a model and continue a prompt with it."""
-    network = _optimised(model, bits, budget, calibration, (windows, own_text), dtype, seed, dump)
+    network = _optimised(model, bits, budget, calibration, windows, own_text, dtype, seed, dump)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(network.device)
     output = network.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -224,7 +224,8 @@ def _optimised(
     bits: str | None,
     budget: str | None,
     calibration: Path | None,
-    amounts: tuple[int | None, float | None],
+    windows: int | None,
+    own_text: float | None,
     dtype: str,
     seed: int,
     dump: Path | None = None,
@@ -243,8 +244,8 @@ def _optimised(
         budget=_number(budget),
         calibration=data,
         tokenizer=tokenizer,
-        windows=amounts[0],
-        own_text=amounts[1],
+        windows=windows,
+        own_text=own_text,
         seed=seed,
         dump=dump,
     )
