@@ -68,11 +68,11 @@ def _cpp(
 def _gluon(
     layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], site: Site, columns: int
 ) -> tuple[str, str]:
-    from kvquant_compile.lowering.gluon.constants import gluon_constants, series_terms
+    from kvquant_compile.lowering.gluon.constants import gluon_constants
     from kvquant_compile.lowering.gluon.history import gluon_source
     from kvquant_compile.lowering.gluon.launch import bulk_copies, gluon_spec
 
-    constants = gluon_constants(layout, tables, geometry, series_terms(columns))
+    constants = gluon_constants(layout, tables, geometry, columns)
     bulk = bulk_copies(tables[0].device)
     spec = gluon_spec(layout, constants, site, columns, bulk=bulk)
     return spec.name, gluon_source(spec)

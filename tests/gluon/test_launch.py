@@ -12,7 +12,7 @@ from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.attend import Site
 from kvquant_compile.lowering.gluon import launch
-from kvquant_compile.lowering.gluon.constants import gluon_constants, series_terms
+from kvquant_compile.lowering.gluon.constants import gluon_constants
 from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory
 from kvquant_compile.lowering.source import kernels_source
 from kvquant_compile.lowering.triton import dispatch
@@ -86,8 +86,7 @@ def test_neither_do_other_vendors_nor_the_interpreter(monkeypatch: pytest.Monkey
 
 def spec_of(name: str, columns: int) -> GluonSpec:
     built = SMALL[name].build()
-    terms = series_terms(columns)
-    constants = gluon_constants(built.layout, built.cache.tables, built.cache.geometry, terms)
+    constants = gluon_constants(built.layout, built.cache.tables, built.cache.geometry, columns)
     return launch.gluon_spec(built.layout, constants, built.site, columns, bulk=True)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import LayerTables
-from kvquant_compile.lowering.gluon.queries import EXPLICIT_EXPONENT
 from kvquant_compile.lowering.gluon.slots import HEADROOM
 from kvquant_compile.lowering.gluon.spec import (
     COLUMN_GROUP,
@@ -18,6 +17,13 @@ from kvquant_compile.lowering.gluon.spec import (
     SERIES_LIMITS,
     Constants,
     GluonSpec,
+)
+from kvquant_compile.lowering.gluon.turns import (
+    SMALL,
+    SUBNORMAL,
+    Turns,
+    fragment_pairs,
+    pair_scale,
 )
 from kvquant_compile.lowering.gluon.visibility import TOKENS
 from kvquant_compile.lowering.triton.prepared import half_words
@@ -35,7 +41,7 @@ class GluonConstants:
         block: int32 [H, size / 4], see :class:`~.spec.Constants`.
         key_unit: float32 [H], what a product of a unit query and scaled keys is to be multiplied
             by.
-        coefficients: float32 [P, 8], of the terms of a pair's rotation, where it is a series.
+        coefficients: float32 [H, P, 8, 2], see :func:`column_coefficients`.
         rope_scale: float32 [P].
         turns: int32 [P, 2], frequencies in turns a position, as 64-bit fractions.
         query_order: int32 [2 P], or empty.
@@ -64,6 +70,11 @@ def series_terms(columns: int) -> int:
     return MOST_TERMS // columns if columns <= COLUMN_GROUP // 2 else 2
 
 
+def column_groups(columns: int) -> int:
+    """Groups of columns of a program that works on so many queries of a kv head."""
+    return 1 if columns <= COLUMN_GROUP else 2
+
+
 def explicit_groups(frequencies: Tensor, terms: int) -> int:
     """Leading groups of sixteen pairs with one that turns too far for so many terms."""
     far = (frequencies.double().abs() * 32 > SERIES_LIMITS[terms]).nonzero().flatten()
@@ -85,21 +96,46 @@ def series_coefficients(frequencies: Tensor) -> Tensor:
     return torch.where(angle.abs()[:, None] > SERIES_LIMITS[MOST_TERMS], 0.0, sign * bessel)
 
 
+def column_coefficients(frequencies: Tensor, scale: Tensor, explicit: int) -> Tensor:
+    """What a query's columns hold of a member itself, and of the pair's other.
+
+    Of a series its terms. Of the first groups, which turn explicitly, the query, and the query
+    turned back by a token, times the pairs' scales and what turned keys are smaller by.
+
+    Args:
+        frequencies: [P].
+        scale: float64 [H, 2 P], over the head's unit.
+        explicit: groups of pairs.
+
+    Returns:
+        float64 [H, P, 8, 2].
+    """
+    terms, even = series_coefficients(frequencies), torch.arange(MOST_TERMS) % 2 == 0
+    out = torch.stack([terms * even, terms * ~even], -1).repeat(scale.shape[0], 1, 1, 1)
+    first = slice(16 * explicit)
+    size, step = pair_scale(scale)[:, first] / SMALL, frequencies.double()[first]
+    out[:, first] = 0
+    out[:, first, 0, 0] = size
+    out[:, first, 1] = torch.stack([size * step.cos(), size * step.sin()], -1)
+    return out
+
+
 def gluon_constants(
-    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], terms: int
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], columns: int
 ) -> GluonConstants:
-    """Prepare a layer's constants for queries of so many terms; copies to the host."""
+    """Prepare a layer's constants for so many queries a kv head; copies to the host."""
     device = tables[0].device
     host = LayerTables(*(t.cpu() for t in tables))
     order, frequencies, rope_scale = (x.cpu() for x in geometry[1:])
     pairs = padded(layout.key_dim) // 2
     rotates = bool((frequencies != 0).any())
-    terms = terms if rotates else 2
+    terms = series_terms(columns) if rotates else 2
+    groups = column_groups(columns)
     explicit = explicit_groups(frequencies, terms) if rotates else 0
     if frequencies.numel() == 0:
         frequencies, rope_scale = torch.zeros(pairs), torch.ones(pairs)
     stretched = rotates and bool((rope_scale != 1).any())
-    spec = GluonSpec(layout, rotates, explicit, 1, False, False, False, stretched, terms=terms)
+    spec = GluonSpec(layout, rotates, explicit, groups, False, False, False, stretched, terms=terms)
     scale, zero = (_width(x, 2 * pairs, v) for x, v in ((host.key_scale, 1.0), (host.key_zero, 0)))
     unit = torch.exp2(torch.ceil(torch.log2(scale.amax(1))))
     sections = _sections(spec, host, frequencies.double(), scale / unit[:, None], zero, unit)
@@ -107,7 +143,7 @@ def gluon_constants(
     assert block.shape[1] * 4 == Constants(spec).size
     return GluonConstants(
         block.contiguous().to(device), unit.float().to(device),
-        series_coefficients(frequencies).float().contiguous().to(device),
+        column_coefficients(frequencies, scale / unit[:, None], explicit).float().to(device),
         _turn_fractions(frequencies.double()).to(device), rope_scale.float().to(device),
         order.to(torch.int32).to(device),
         host.value_gain.float().contiguous().to(device),
@@ -123,11 +159,10 @@ def _sections(
     heads = scale.shape[0]
     out = []
     if spec.explicit:
-        cos, sin = _offset_angles(spec, frequencies)
-        words = torch.stack([half_words(*x.unbind(-1)) for x in (cos, sin)], 3)
-        out.append(words.expand(heads, *words.shape))
+        turns = Turns.make(spec, frequencies)
+        out.append(turns.words(scale, zero))
     if spec.zero_fragments:
-        out.append(_turned_zeros(spec, cos, sin, scale * zero))
+        out.append(turns.zeros(scale, zero))
     if spec.rotates:
         out.append(_turn_words(spec, frequencies).expand(heads, -1, -1))
     out.append(_scale_words(spec, scale, zero))
@@ -142,7 +177,7 @@ def _sections(
     if spec.terms > 2:
         out.append(_polynomials(spec).expand(heads, -1))
     if spec.layout.spec.key_slots:
-        out.append(_outlier_table(spec, frequencies, unit))
+        out.append(_outlier_table(spec, frequencies, scale, unit))
     return out
 
 
@@ -155,41 +190,6 @@ def _table_bytes(table: Tensor, bits: int, *, signed: bool) -> Tensor:
     bias = 0 if signed and bits < 4 else table_bias(bits)
     data = (table.to(torch.int32) + bias).to(torch.uint8)
     return torch.nn.functional.pad(data, (0, 16 - data.shape[1])).repeat(1, 4).view(torch.int32)
-
-
-def _fragment_pairs(groups: int) -> Tensor:
-    """Pair of (group, t, half, low): int64 [groups, 4, 2, 2]."""
-    u, t, half, low = torch.meshgrid(*(torch.arange(n) for n in (groups, 4, 2, 2)), indexing="ij")
-    return 16 * u + 8 * half + 2 * t + low
-
-
-def _offset_angles(spec: GluonSpec, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a token's offset from the page's middle.
-
-    Returns:
-        float64 [chunk, tile, explicit groups, 32 lanes, 2 halves, 2 r, 2 low] twice: registers
-        of a fragment are (half, r), r fastest.
-    """
-    lane = torch.arange(32)
-    rows = torch.stack([
-        torch.stack([
-            torch.stack([32 * chunk + 4 * (lane // 4) + 2 * tile + r - 32 for r in range(2)], -1)
-            for tile in range(2)
-        ])
-        for chunk in range(2)
-    ])  # fmt: skip
-    pair = _fragment_pairs(spec.explicit)[:, lane % 4]  # group, lane, half, low
-    angle = rows[:, :, None, :, None, :, None] * frequencies[pair][:, :, :, None]
-    return angle.cos(), angle.sin()
-
-
-def _turned_zeros(spec: GluonSpec, cos: Tensor, sin: Tensor, zero: Tensor) -> Tensor:
-    """Fragments of ``R(i) zero`` of the explicit groups, both members: int32 [H, ...]."""
-    pair = _fragment_pairs(spec.explicit)[:, torch.arange(32) % 4][:, :, :, None]
-    a, b = (zero[:, member * spec.pairs + pair] for member in range(2))
-    a, b = (x[:, None, None] / 2**EXPLICIT_EXPONENT for x in (a, b))
-    turned = (a * cos - b * sin, a * sin + b * cos)
-    return torch.stack([half_words(*x.unbind(-1)) for x in turned], 4)
 
 
 def _turn_fractions(frequencies: Tensor) -> Tensor:
@@ -205,32 +205,34 @@ def _turn_fractions(frequencies: Tensor) -> Tensor:
 
 def _turn_words(spec: GluonSpec, frequencies: Tensor) -> Tensor:
     """Frequencies of the two pairs of every word of a page's angles: int32 [words, 4]."""
-    index = _fragment_pairs(spec.key_groups).permute(0, 2, 1, 3)  # group, half, t, low
+    index = fragment_pairs(spec.key_groups).permute(0, 2, 1, 3)  # group, half, t, low
     return _turn_fractions(frequencies)[index].flatten(-2).reshape(-1, 4)
 
 
 def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
     """Words [H, groups, 3, t, 4] of scales and zeros; ``scale`` over the head's unit.
 
-    Explicit: a byte u becomes ``u 2**-24 scale + centre``, member by member. Series: scales of
-    the fragment's four words, then the zeros of either member, both rows alike, less what bytes are
-    too large by unless token scales apply to that.
+    Explicit: a byte u becomes ``u 2**-24 scale + centre``, member by member; nothing where
+    neighbours share rotations, which contain that. Series: scales of the fragment's four words,
+    then the zeros of either member, both rows alike, less what bytes are too large by unless token
+    scales apply to that.
     """
     heads, bits = scale.shape[0], spec.layout.spec.key_bits
-    pair = _fragment_pairs(spec.key_groups)
+    pair = fragment_pairs(spec.key_groups)
     s, z = (x.unflatten(1, (2, spec.pairs))[:, :, pair] for x in (scale, zero))
     out = torch.zeros(heads, spec.key_groups, 3, 4, 4, dtype=torch.int32)
-    small = 2.0**-EXPLICIT_EXPONENT
     shift = 0 if spec.scaled else z
-    centre = (shift - table_bias(bits)) * s * small
-    explicit = torch.stack([half_words(*x.unbind(-1)) for x in (s * 2**24 * small, centre)], -2)
+    centre = (shift - table_bias(bits)) * s * SMALL
+    factor = s * SMALL / SUBNORMAL
+    explicit = torch.stack([half_words(*x.unbind(-1)) for x in (factor, centre)], -2)
     explicit = explicit.permute(0, 2, 1, 3, 4, 5).flatten(-2)  # head, group, member, t, kind half
     series = half_words(*s.unbind(-1)).permute(0, 2, 3, 1, 4).flatten(-2)
     if not spec.scaled:
         z = z - (BYTES_FROM + table_bias(bits))
     zeros = half_words(*z.unbind(-1)).permute(0, 2, 1, 3, 4).repeat_interleave(2, -1)
     n = spec.explicit
-    out[:, :n, :2] = explicit[:, :n]
+    if not spec.neighbours:
+        out[:, :n, :2] = explicit[:, :n]
     out[:, n:, 0] = series[:, n:]
     out[:, n:, 1:] = zeros[:, n:]
     return out
@@ -245,7 +247,7 @@ def _polynomials(spec: GluonSpec) -> Tensor:
     return ordered.float().contiguous().view(torch.int32).flatten()
 
 
-def _outlier_table(spec: GluonSpec, frequencies: Tensor, unit: Tensor) -> Tensor:
+def _outlier_table(spec: GluonSpec, frequencies: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
     """(frequency, its low word, phase, factor) of every channel in pair order: int32 [H, 2 P, 4].
 
     A phase of a quarter turn selects member b. The factor takes a residual to the units of the
@@ -259,6 +261,7 @@ def _outlier_table(spec: GluonSpec, frequencies: Tensor, unit: Tensor) -> Tensor
     first = torch.ones(spec.pairs)
     if spec.terms == 2:  # slots meet the first of the terms
         first = 1 / series_coefficients(frequencies)[:, 0].float()
-    share = torch.where(explicit, 2.0**-EXPLICIT_EXPONENT, first).repeat(2) / HEADROOM
-    out[:, :, 3] = (share / unit.float()[:, None]).contiguous().view(torch.int32)
+    held = pair_scale(scale) if spec.neighbours else torch.ones(heads, 1)
+    share = torch.where(explicit, SMALL / held, first).repeat(1, 2) / HEADROOM
+    out[:, :, 3] = (share / unit[:, None]).float().contiguous().view(torch.int32)
     return out

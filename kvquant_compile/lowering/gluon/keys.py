@@ -4,7 +4,8 @@ With table bytes u, scales s, zeros z and the token scale a, a key is ``s (a (u 
 turned by its position. For a page whose middle is at n, and i the token's offset from it, the
 score of a pair is ``(R(-n) q)' R(i) k``. Two rules, by how far a pair turns within half a page:
 
-* *explicit*: the bytes become halves, scaled, and are turned by a table of 64 offsets;
+* *explicit*: the bytes become halves, scaled, and are turned by a table of offsets
+  (:mod:`.explicit`);
 * *series*: with i in half pages, -1..1, and x the pair's angle over half a page, Jacobi and Anger's
   ``cos(i x) = J0(x) - 2 J2(x) T2(i) + ..``, ``sin(i x) = 2 J1(x) T1(i) - 2 J3(x) T3(i) + ..`` (T
   Chebyshev's polynomials, J Bessel's functions). Nothing happens to the key then: every term is a
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvquant_compile.lowering.gluon.explicit import ExplicitEmitter
 from kvquant_compile.lowering.gluon.fragments import (
     BYTES_AS_1024,
     ONES,
@@ -46,15 +48,16 @@ class KeyEmitter:
     spec: GluonSpec
     memory: Memory
 
+    @property
+    def _explicit(self) -> ExplicitEmitter:
+        return ExplicitEmitter(self.spec, self.memory)
+
     def prologue(self, out: KernelWriter) -> None:
-        """The table, and scales and centres of explicit groups, in registers."""
+        """The table, and what rotations need, in registers."""
         sections = Constants(self.spec)
         names = [f"key_table{i}" for i in range(4)]
         load_shared(out, names, "shared + t * 16", self.memory.constants + sections.tables)
-        for pairs in range(self.spec.explicit):
-            names = [f"z{pairs}_{i}" for i in range(8)]
-            at = self.memory.constants + sections.scales + 192 * pairs
-            load_shared(out, names, "shared + t * 16", at, at + 64)
+        self._explicit.prologue(out)
         if self.spec.terms > 2:
             at = self.memory.constants + sections.polynomials
             names = [f"{kind}{j}" for j in range(8) for kind in ("even", "odd")]
@@ -91,21 +94,11 @@ class KeyEmitter:
         names = [f"scale{4 * chunk + i}" for i in range(4)]
         out.ptx(text, names, ["here + g * 8"], into="ffff", name="TOKEN_SCALES")
 
-    @property
-    def _passes_on(self) -> bool:
-        """Whether a series adds to the sums of explicit pairs, whose odd columns are idle then.
-
-        With a second group of columns they are not, and both sums are added in the end."""
-        return self.spec.groups == 1
-
     def _starts(self, pairs: int) -> list[str]:
         """What the first products of a tile start from: bytes' levels, or zero."""
         if self._series(pairs):
-            if pairs and self._passes_on:
-                return [f"plain_{i}" for i in range(4)]
             return [f"bytes{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
-        level = bool(self.spec.series) and (self._passes_on or not self.spec.rotates)
-        return [f"bytes0_{i}" if level else "zero" for i in range(4)]
+        return ["zero" if self.spec.rotates else f"bytes0_{i}" for i in range(4)]
 
     def _series(self, pairs: int) -> bool:
         """Whether the fragments of a group of pairs hold terms of a series."""
@@ -124,46 +117,26 @@ class KeyEmitter:
         sums = self._sums(pairs)
         begins = pairs == 0 or self._series(pairs) != self._series(pairs - 1)
         before = self._starts(pairs) if begins else sums
-        extra: list[str] = []
-        if pairs < self.spec.explicit:
-            table = Constants(self.spec).rotation + 1024 * (tile * self.spec.explicit + pairs)
-            at, turns = self.memory.constants + table, [f"e{i}" for i in range(8)]
-            load_shared(out, turns, "shared + lane * 16", at, at + 512)
-            extra = [*turns, *(f"z{pairs}_{i}" for i in range(8))]
+        explicit = self._explicit if pairs < self.spec.explicit else None
+        extra = explicit.load(out, tile, pairs) if explicit else []
         inputs = [*selectors, *codes, *queries, *extra, *before]
         kinds = "r" * (len(inputs) - len(before)) + "f" * len(before)
-        text = _product_text(len(fragments), len(codes), bool(extra))
-        name = "KEYS_EXPLICIT" if extra else "KEYS_SERIES"
+        text = _product_text(len(fragments), len(codes), explicit)
+        name = "KEYS_EXPLICIT" if explicit else "KEYS_SERIES"
         out.ptx(text, sums, inputs, kinds=kinds, into="f" * len(sums), name=name)
-        if extra and self.spec.zero_fragments:
-            self._multiply_zeros(out, tile, pairs)
-
-    def _multiply_zeros(self, out: KernelWriter, tile: int, pairs: int) -> None:
-        """Add the turned zeros of an explicit group to ``turned_{0..3}``."""
-        table = Constants(self.spec).zeros + 1024 * (tile * self.spec.explicit + pairs)
-        at, sums = self.memory.constants + table, [f"turned_{i}" for i in range(4)]
-        text = ".reg .b32 a<4>, b<4>;\n"
-        for i, name in enumerate("ab"):
-            target = ", ".join(f"{name}{k}" for k in range(4))
-            text += f"ld.shared.v4.b32 {{{target}}}, [$4+{at + 512 * i}];\n"
-        d, q = registers(0, 4), registers(5, 4)
-        text += product(d, [f"a{i}" for i in range(4)], q[:2], registers(9, 4))
-        text += product(d, [f"b{i}" for i in range(4)], q[2:], d)
-        before = sums
-        if pairs == 0:
-            start = "zeros0_{}" if self.spec.series and self._passes_on else "zero"
-            before = [start.format(i) for i in range(4)]
-        inputs = ["shared + lane * 16", *(f"q0_{pairs}_{x}" for x in WORDS), *before]
-        out.ptx(text, sums, inputs, kinds="rrrrrffff", into="ffff", name="KEY_ZEROS")
+        if explicit and self.spec.zero_fragments:
+            before = [f"turned_{i}" for i in range(4)] if pairs else ["zero"] * 4
+            explicit.zeros(out, tile, pairs, before)
 
     def _finish(self, out: KernelWriter, j: int, r: int) -> None:
         """The score of one token from its products."""
         turns = self.spec.rotates and bool(self.spec.series)
         for group in range(self.spec.groups):
-            terms = [] if turns and self._passes_on else [f"plain_{2 * r + group}"]
+            terms = []
+            if self.spec.explicit or not turns:
+                terms.append(f"plain_{self._explicit.column(r, group)}")
             if turns:
-                sums = (f"c{group}_{2 * r}", f"c{group}_{2 * r + 1}")
-                terms = [*(terms if self.spec.explicit else []), self._by_offset(j, *sums)]
+                terms.append(self._by_offset(j, f"c{group}_{2 * r}", f"c{group}_{2 * r + 1}"))
             score = " + ".join(terms)
             if self.spec.scaled:
                 score = " + ".join([f"scale{j} * ({score})", *self._zeros(group, j, r)])
@@ -182,9 +155,7 @@ class KeyEmitter:
         turns = self.spec.rotates and bool(self.spec.series)
         terms = []
         if self.spec.zero_fragments:
-            if turns and self._passes_on:
-                return [self._by_offset(j, f"turned_{2 * r}", f"turned_{2 * r + 1}")]
-            terms.append(f"turned_{2 * r + group}")
+            terms.append(f"turned_{self._explicit.column(r, group)}")
         if turns:
             sums = (f"zeros{group}_{2 * r}", f"zeros{group}_{2 * r + 1}")
             terms.append(self._by_offset(j, *sums))
@@ -193,11 +164,11 @@ class KeyEmitter:
         return terms
 
 
-def _product_text(fragments: int, table_size: int, explicit: bool) -> str:
+def _product_text(fragments: int, table_size: int, explicit: ExplicitEmitter | None) -> str:
     """Two selectors to fragments of keys, perhaps rotated, times fragments of queries.
 
-    Operands: sums, selectors, table words, query words, for explicit ones the rotation and scales
-    and centres, and what the sums start from.
+    Operands: sums, selectors, table words, query words, for explicit ones what turns them, and what
+    the sums start from.
     """
     n = 4 * fragments
     table = registers(n + 2, table_size)
@@ -209,32 +180,10 @@ def _product_text(fragments: int, table_size: int, explicit: bool) -> str:
     high = "0" if explicit else BYTES_AS_1024
     text += key_fragment(a, f"${n}", table, high) + key_fragment(b, f"${n + 1}", table, high)
     if explicit:
-        text += _rotate(registers(rest, 8), registers(rest + 8, 8))
+        text += explicit.text(registers(rest, explicit.words))
         a, b = [f"p{i}" for i in range(4)], [f"q{i}" for i in range(4)]
-        rest += 16
+        rest += explicit.words
     for fragment in range(fragments):
         d, q = registers(4 * fragment, 4), queries[4 * fragment : 4 * fragment + 4]
         text += product(d, a, q[:2], registers(rest + 4 * fragment, 4)) + product(d, b, q[2:], d)
-    return text
-
-
-def _rotate(turns: list[str], scales: list[str]) -> str:
-    """Scale, centre and turn the fragments a, b into p, q.
-
-    Args:
-        turns: cosines then sines of the fragment's four words.
-        scales: of member a: scale and centre of either half of the columns; then of member b.
-    """
-    text = ".reg .b32 p<4>, q<4>;\n"
-    for k in range(4):
-        for member, first in (("a", 0), ("b", 4)):
-            scale, centre = scales[first + k // 2], scales[first + 2 + k // 2]
-            text += f"fma.rn.f16x2 {member}{k}, {member}{k}, {scale}, {centre};\n"
-    for k in range(4):
-        cos, sin = turns[k], turns[4 + k]
-        text += (
-            f"mul.rn.f16x2 p{k}, b{k}, {sin}; neg.f16x2 p{k}, p{k};"
-            f" fma.rn.f16x2 p{k}, a{k}, {cos}, p{k};\n"
-            f"mul.rn.f16x2 q{k}, a{k}, {sin}; fma.rn.f16x2 q{k}, b{k}, {cos}, q{k};\n"
-        )
     return text

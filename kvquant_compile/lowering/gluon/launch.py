@@ -9,11 +9,12 @@ from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.lowering.attend import CacheView, Site
 from kvquant_compile.lowering.gluon.constants import (
     GluonConstants,
+    column_groups,
     gluon_constants,
     series_terms,
 )
 from kvquant_compile.lowering.gluon.module import gluon_kernel
-from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec, Memory, unsupported
+from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory, unsupported
 from kvquant_compile.lowering.remembered import Remembered
 from kvquant_compile.lowering.triton.compat import interpreting
 from kvquant_compile.lowering.triton.dispatch import choice
@@ -48,13 +49,13 @@ def bulk_copies(device: torch.device) -> bool:
 def gluon_spec(
     layout: PageLayout, constants: GluonConstants, site: Site, columns: int, *, bulk: bool
 ) -> GluonSpec:
-    """The kernel that an attention site needs for ``columns`` queries a kv head, whose terms are
-    those of the constants."""
+    """The kernel that an attention site needs for ``columns`` queries a kv head, for which the
+    constants were made."""
     return GluonSpec(
         layout=layout,
         rotates=constants.rotates,
         explicit=constants.explicit,
-        groups=1 if columns <= COLUMN_GROUP else 2,
+        groups=column_groups(columns),
         softcap=site.softcap != 0,
         window=site.window != 0,
         reorder=constants.query_order.numel() > 0,
@@ -83,8 +84,7 @@ def attend(
     layout = cache.layout
     batch, query_heads, steps, _ = query.shape
     rep = query_heads // layout.heads
-    terms = series_terms(rep * steps)
-    constants = _constants(layout, cache.tables, cache.geometry, terms)
+    constants = _constants(layout, cache.tables, cache.geometry, rep * steps)
     spec = gluon_spec(layout, constants, site, rep * steps, bulk=bulk_copies(query.device))
     tiles = -(-rep * steps // spec.columns)
     programs = batch * layout.heads * tiles
@@ -155,18 +155,19 @@ def _filled(programs: int, resident: int) -> float:
     return programs / (-(-programs // resident) * resident)
 
 
-_CONSTANTS: Remembered[dict[int, GluonConstants]] = Remembered()
+_CONSTANTS: Remembered[dict[tuple[int, int], GluonConstants]] = Remembered()
 _COUNTERS: Remembered[dict[int, Tensor]] = Remembered()
 
 
 def _constants(
-    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], terms: int
+    layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], columns: int
 ) -> GluonConstants:
-    """A layer's constants, made once for its tables and queries of so many terms."""
+    """A layer's constants, made once for its tables and every use of columns."""
     known = _CONSTANTS.get(tables[0], dict)
-    if terms not in known:
-        known[terms] = gluon_constants(layout, tables, geometry, terms)
-    return known[terms]
+    use = series_terms(columns), column_groups(columns)
+    if use not in known:
+        known[use] = gluon_constants(layout, tables, geometry, columns)
+    return known[use]
 
 
 def _counters(table: Tensor, programs: int) -> Tensor:

@@ -27,8 +27,8 @@ class QueryEmitter:
     """Writes fragment words ``q{fragment}_{pairs}_{a0|a1|b0|b1}``.
 
     Where a rotation is a series, a query takes as many columns of a product as that has terms,
-    and every group of columns has a fragment. Elsewhere it takes its first column, and the odd ones
-    hold the queries of the second group, if there is one.
+    and every group of columns has a fragment. Elsewhere it takes its first column; the next one
+    holds the query of the second group, or, without one, the same query turned back by a token.
     """
 
     spec: GluonSpec
@@ -47,9 +47,13 @@ class QueryEmitter:
                     out(f"order_{member}_{name} = gl.load(query_order + {first} + {at})")
             if self.spec.stretched:
                 out(f"stretch_{name} = gl.load(rope_scale + {at})")
-            if self.spec.rotates and pairs >= self.spec.explicit:
-                row = f"coefficients + ({at}) * {MOST_TERMS}"
-                out(f"term_{name} = gl.load({row} + (g & {self.spec.terms - 1}))")
+            if self._combines(pairs):
+                row = f"head * {self.spec.pairs} + {at}"
+                column = f"({row}) * {MOST_TERMS} + (g & {self.spec.terms - 1})"
+                address = f"(coefficients + ({column}) * 2).to(gl.int64)"
+                names = [f"same_{name}", f"other_{name}"]
+                text = "ld.global.v2.f32 {$0, $1}, [$2];"
+                out.ptx(text, names, [address], kinds="l", into="ff", name="COEFFICIENTS")
         for group in range(self.spec.groups):
             self._load_column(out, group)
 
@@ -123,14 +127,17 @@ class QueryEmitter:
         def query(group: int, member: int) -> str:
             return f"x{group}_{pairs}_{member}{half}{low} * inverse{group}"
 
-        if self.spec.rotates and pairs >= self.spec.explicit:
-            turned = f"{'-' if member else ''}{query(fragment, 1 - member)}"
-            term = f"term_{pairs}_{half}{low}"
-            return f"gl.where(odd == 0, {query(fragment, member)}, {turned}) * {term}"
+        if self._combines(pairs):
+            name, sign = f"{pairs}_{half}{low}", "-" if member else "+"
+            crossed = f"{query(fragment, 1 - member)} * other_{name}"
+            return f"{query(fragment, member)} * same_{name} {sign} {crossed}"
         other = query(1, member) if self.spec.groups == 2 else "0.0"
         larger = f" * {float(2**EXPLICIT_EXPONENT)}" if self.spec.rotates else ""
-        column = "odd" if self.spec.span == 1 else "degree"
-        return f"gl.where({column} == 0, {query(0, member)}, {other}){larger}"
+        return f"gl.where(odd == 0, {query(0, member)}, {other}){larger}"
+
+    def _combines(self, pairs: int) -> bool:
+        """Whether columns hold sums of a query's members: terms of a series, or a token back."""
+        return self.spec.rotates and (pairs >= self.spec.explicit or self.spec.neighbours)
 
     def _angle_addresses(self, out: KernelWriter) -> None:
         """Where the lane's angles of a page's base go; a lane works out one word of either."""

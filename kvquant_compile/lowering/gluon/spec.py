@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 from kvquant_compile.codec.layout import PageLayout, padded
@@ -12,6 +13,10 @@ COLUMN_GROUP = 4
 """Pairs of columns of one matrix product; a query takes one, two or four."""
 
 MOST_TERMS = 2 * COLUMN_GROUP
+
+MOST_NEIGHBOURS = 4
+"""Groups of explicit pairs at most whose tokens share rotations, see
+:attr:`GluonSpec.neighbours`."""
 
 SERIES_LIMITS = {2: 0.05, 4: 0.7, 8: 3.21}
 """Number of terms -> the largest angle, in radians over half a page, that so many terms of a
@@ -87,6 +92,14 @@ class GluonSpec:
         """Pairs of columns, and so lanes of a token, that a query takes."""
         return self.terms // 2
 
+    @property
+    def neighbours(self) -> bool:
+        """Whether a lane's two tokens of a tile, neighbours, share the rotation of explicit keys:
+        the second one meets the queries' next column, which is idle and holds them a token back.
+
+        Not with more groups: their tables, larger by half, would not leave a page its memory."""
+        return self.groups == 1 and 0 < self.explicit <= MOST_NEIGHBOURS
+
     def fragments(self, pairs: int) -> range:
         """Query fragments of a group of sixteen pairs: one for each group of columns, or one for
         all where no series needs columns (see :mod:`.queries`)."""
@@ -145,9 +158,12 @@ class Memory:
 
     @staticmethod
     def bound(layout: PageLayout) -> int:
-        """Most bytes of any kernel for a format: every pair rotated explicitly, eight columns."""
-        groups = padded(layout.key_dim) // 32
-        return Memory(GluonSpec(layout, True, groups, 2, True, True, True, True)).size
+        """Most bytes of any kernel for a format, whatever its rotations and queries."""
+        rotations = range(padded(layout.key_dim) // 32 + 1)
+        return max(
+            Memory(GluonSpec(layout, True, explicit, groups, True, True, True, True)).size
+            for explicit, groups in itertools.product(rotations, (1, 2))
+        )
 
     @functools.cached_property
     def key_bytes(self) -> int:
@@ -238,18 +254,30 @@ class Constants:
 
     @property
     def rotation(self) -> int:
-        """[chunk, tile, explicit group][cos, sin][lane][16 B]."""
+        """[chunk, tile, explicit group][vector][lane][16 B]; vectors as in :mod:`.explicit`."""
         return 0
 
     @property
+    def rotation_bytes(self) -> int:
+        """Of a tile's group."""
+        return 512 * (3 if self.spec.neighbours else 2)
+
+    @property
     def zeros(self) -> int:
-        """Rotated zeros in the same order, members a and b in place of cos and sin."""
-        return 4096 * self.spec.explicit
+        """Rotated zeros in the same order: both members, a vector each where tokens have their
+        own rotations, else one vector of both."""
+        return 4 * self.spec.explicit * self.rotation_bytes
+
+    @property
+    def zero_bytes(self) -> int:
+        """Of a tile's group."""
+        return 512 * (1 if self.spec.neighbours else 2)
 
     @property
     def turns(self) -> int:
         """[word of an angle][16 B]: frequencies of its two pairs."""
-        return self.zeros + (4096 * self.spec.explicit if self.spec.zero_fragments else 0)
+        size = 4 * self.spec.explicit * self.zero_bytes if self.spec.zero_fragments else 0
+        return self.zeros + size
 
     @property
     def scales(self) -> int:
