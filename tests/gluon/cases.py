@@ -19,6 +19,9 @@ BASE = Case(
 )  # fmt: skip
 
 FAR = half_rope(128, 128, 5e5)
+FAST = half_rope(128, 128, 10.0)
+"""Frequencies of which no pair has a series, and more groups are explicit than share rotations."""
+
 SLOW = replace(FAR, frequencies=tuple(f / 20 for f in half_rope(128, 128).frequencies))
 """Frequencies of which the first pairs turn by less than two radians in half a page."""
 
@@ -68,6 +71,8 @@ FEATURES = {
     "window, steps, own tokens": replace(BASE, steps=3, exact=False, rep=2, window=40),
     "peaked": replace(BASE, sharpness=16.0),
     "peaked, far frequencies": replace(BASE, sharpness=16.0, rope=FAR),
+    "one query, fast frequencies": replace(BASE, rep=1, rope=FAST),
+    "three queries, fast, token scales": replace(BASE, rep=3, rope=FAST, spec=RECENT, hidden=3),
     "far frequencies, token scales": replace(BASE, spec=DEFAULT, rope=FAR),
     "three queries, slow frequencies": replace(
         BASE, spec=RECENT, rep=3, rope=SLOW, hidden=9

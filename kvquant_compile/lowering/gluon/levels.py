@@ -45,7 +45,7 @@ class LevelEmitter:
         at = self.memory.query(pairs, fragment)
         for words, where in (
             ((a0, a1, b0, b1), at),
-            ((b0, b1, a0, a1), at + self.memory.query_bytes),
+            ((b0, b1, a0, a1), at + self.memory.partner),
         ):
             inputs = [f"shared + {where} + lane * 16", *words, *(f"e{i}" for i in range(4))]
             out.ptx(text, ["_"], inputs, name="KEEP_SCALED")

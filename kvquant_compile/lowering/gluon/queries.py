@@ -133,7 +133,8 @@ class QueryEmitter:
             return f"{query(fragment, member)} * same_{name} {sign} {crossed}"
         other = query(1, member) if self.spec.groups == 2 else "0.0"
         larger = f" * {float(2**EXPLICIT_EXPONENT)}" if self.spec.rotates else ""
-        return f"gl.where(odd == 0, {query(0, member)}, {other}){larger}"
+        column = "odd" if self.spec.span == 1 else "degree"
+        return f"gl.where({column} == 0, {query(0, member)}, {other}){larger}"
 
     def _combines(self, pairs: int) -> bool:
         """Whether columns hold sums of a query's members: terms of a series, or a token back."""
@@ -168,7 +169,7 @@ class QueryEmitter:
         at = [self.memory.query(pairs, fragment)]
         words, crossed = ["y0", "y1", "y2", "y3"], ["y2", "y3", "y0", "y1"]
         if pairs >= self.spec.explicit:  # kept with either member's scale
-            at.append(at[0] + self.memory.query_bytes)
+            at.append(at[0] + self.memory.partner)
             crossed = ["y4", "y5", "y6", "y7"]
             words += crossed
         load_shared(out, words, "shared + lane * 16", *at)

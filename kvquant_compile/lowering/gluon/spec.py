@@ -14,7 +14,7 @@ COLUMN_GROUP = 4
 
 MOST_TERMS = 2 * COLUMN_GROUP
 
-MOST_NEIGHBOURS = 4
+MOST_NEIGHBOURS = 3
 """Groups of explicit pairs at most whose tokens share rotations, see
 :attr:`GluonSpec.neighbours`."""
 
@@ -183,27 +183,25 @@ class Memory:
 
     @functools.cached_property
     def queries(self) -> int:
-        """Query fragments, which every page turns anew: [group of pairs, group][lane][16 B]; those
-        of series twice."""
+        """Query fragments, which every page turns anew: [group of pairs, group][lane][16 B]; behind
+        them the partners of those of series."""
         return self.spec.warps * self.stage
 
     def query(self, pairs: int, fragment: int) -> int:
-        """A fragment's words; :attr:`query_bytes` behind them, of series, their partners."""
+        """A fragment's words."""
         return self.queries + 512 * (pairs * self.spec.groups + fragment)
 
     @property
-    def query_bytes(self) -> int:
-        """Of all fragments, once."""
-        return 512 * self.spec.key_groups * self.spec.groups
+    def partner(self) -> int:
+        """How far behind a fragment of a series its partner is."""
+        return 512 * len(self.spec.series) * self.spec.groups
 
     @functools.cached_property
     def angles(self) -> int:
         """Cosines and sines of a page's base, a warp: [group of pairs][t][cos cos sin sin]."""
         if not self.spec.rotates:
             return self.queries
-        return self.queries + self.query_bytes * (
-            2 if self.spec.explicit < self.spec.key_groups else 1
-        )
+        return self.query(self.spec.key_groups, 0) + self.partner
 
     @property
     def angle_bytes(self) -> int:

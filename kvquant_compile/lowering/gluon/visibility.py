@@ -35,9 +35,11 @@ class VisibilityEmitter:
     memory: Memory
 
     def load(self, out: KernelWriter) -> None:
-        """Ask for the length and the first query's slot; ``first_page``, where it depends on
-        neither."""
+        """Ask for the length, the first query's slot and what the ring begins with; ``first_page``,
+        where it depends on none of them."""
         out("limit = gl.load(history + row)", "first_slot = gl.load(slots + row * slot_row)")
+        if ring := self.spec.layout.ring:
+            self._load_ring(out, ring)
         if not self.spec.window:
             out(f"first_page = SINKS // {PAGE_TOKENS}")
 
@@ -59,8 +61,8 @@ class VisibilityEmitter:
             )
         with out.block("if not EXACT:"):
             out("limit = gl.maximum(limit, newest + 1)")
-        if ring := self.spec.layout.ring:
-            self._leave_ring(out, ring)
+        if self.spec.layout.ring:
+            out("limit = gl.minimum(limit, held)")
         out(
             "end = gl.minimum(limit, newest + 1)",
             "whole_end = gl.minimum(limit, lowest + 1)",
@@ -80,14 +82,11 @@ class VisibilityEmitter:
             "floor = limit * 0 + " + NO_BASE,
         )
 
-    def _leave_ring(self, out: KernelWriter, ring: int) -> None:
+    def _load_ring(self, out: KernelWriter, ring: int) -> None:
         """``held``, the first token in the ring, which is read beside the pages."""
         width = 2 * self.spec.pairs + self.spec.layout.value_dim
         rows = f"row.to(gl.int64) * heads * {self.spec.exact_rows} + SINKS + {ring}"
-        out(
-            f"held = gl.load((sinks + ({rows}) * {width}).to(gl.pointer_type(gl.int32)))",
-            "limit = gl.minimum(limit, held)",
-        )
+        out(f"held = gl.load((sinks + ({rows}) * {width}).to(gl.pointer_type(gl.int32)))")
 
     def page(self, out: KernelWriter) -> None:
         """Decide about the page of this turn; ``again`` is 1 where it has to be read once more."""
