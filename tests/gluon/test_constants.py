@@ -156,11 +156,12 @@ def test_bytes_of_neighbours_become_turned_keys(scaled: bool) -> None:
 def test_turned_zeros(columns: int) -> None:
     built, constants, c = made(columns=columns)
     rows = 1 if columns == 4 else 2
-    # vectors are (member, half) of a lane, or one of either member
-    shape = (2, 2, 32, 2, 2, 1, 2) if rows == 1 else (2, 2, 2, 32, 2, 2, 2)
-    found = halves(constants, c.zeros, c.turns, *shape)
+    # of a lane: (half, row), or (half, tile)
     if rows == 1:
-        found = found.transpose(0, 1, 2, 4, 3, 5, 6, 7)
+        found = halves(constants, c.zeros, c.turns, 2, 2, 32, 2, 2, 2)
+        found = found.transpose(0, 1, 5, 2, 3, 4, 6)[..., None, :]
+    else:
+        found = halves(constants, c.zeros, c.turns, 2, 2, 2, 32, 2, 2, 2)
     frequencies = built.cache.geometry[2].double()
     for chunk, tile, lane, half, r, low, offset, pair in places(rows):
         angle = offset * float(frequencies[pair])
@@ -197,7 +198,7 @@ def test_columns_of_explicit_pairs(columns: int) -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_scales_make_keys_of_bytes(scaled: bool) -> None:
     """Explicit pairs of eight columns: ``byte 2**-24 scale + centre``; others: scales and zeros
-    apart, with what bytes read as 1024 + byte are too large by, or that in a section of its own."""
+    apart, with what bytes read as 1024 + byte are too large by, or that in rows of its own."""
     built, constants, c = made(CodecSpec(3, 3, 0, 0, scaled, 0), columns=8)
     found = halves(constants, c.scales, c.tables, 2, 3, 4, 4, 2)
     scale, zero = (built.cache.tables[i].double().numpy() for i in (1, 2))
@@ -212,24 +213,23 @@ def test_scales_make_keys_of_bytes(scaled: bool) -> None:
             expected = s * (byte - bias + z) * SMALL
             np.testing.assert_allclose(key, expected, rtol=2e-3, atol=2e-3 * s.max() * 60 * SMALL)
         other = channel + 16  # the same place of the second group
-        s, z = scale[:, other], zero[:, other] - (0 if scaled else 1024 + bias)
+        s, excess = scale[:, other], np.full(2, -1024.0 - bias)
+        rows = (excess, zero[:, other]) if scaled else (excess + zero[:, other],) * 2
         np.testing.assert_allclose(found[:, 1, 0, t, 2 * member + half, low], s, rtol=1e-3)
-        for r in range(2):
-            np.testing.assert_array_equal(found[:, 1, 1 + member, t, 2 * half + r, low], z)
-    if scaled:
-        assert (halves(constants, c.centre, c.outliers, 4, 4, 2) == -(1024 + bias)).all()
+        for r, row in enumerate(rows):
+            np.testing.assert_array_equal(found[:, 1, 1 + member, t, 2 * half + r, low], row)
 
 
 def test_tables_have_their_bias() -> None:
     built, constants, c = made()
     keys = block(constants, c.tables, c.tables + 64).reshape(2, 4, 16)
-    values = block(constants, c.tables + 64, c.centre).reshape(2, 4, 16)
+    values = block(constants, c.tables + 64, c.polynomials).reshape(2, 4, 16)
     key_table, value_table = (built.cache.tables[i].numpy().astype(int) for i in (0, 4))
     for copy in range(4):
         assert (keys[:, copy, :8] == key_table + table_bias(3)).all()
         assert (values[:, copy] == value_table + table_bias(4)).all()
     _, constants, c = made(CodecSpec(3, 3, 0, 0, False, 0))
-    signed = block(constants, c.tables + 64, c.centre).view(np.int8).reshape(2, 4, 16)
+    signed = block(constants, c.tables + 64, c.polynomials).view(np.int8).reshape(2, 4, 16)
     assert (signed[:, :, :8] < 0).any(), "values of up to three bits are signed bytes"
 
 

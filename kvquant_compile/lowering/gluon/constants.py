@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import LayerTables
+from kvquant_compile.lowering.gluon.fragments import BYTES_FROM
 from kvquant_compile.lowering.gluon.slots import HEADROOM
 from kvquant_compile.lowering.gluon.spec import (
     COLUMN_GROUP,
@@ -28,9 +29,6 @@ from kvquant_compile.lowering.gluon.turns import (
 from kvquant_compile.lowering.gluon.visibility import TOKENS
 from kvquant_compile.lowering.triton.prepared import half_words
 from kvquant_compile.lowering.triton.spec import table_bias
-
-BYTES_FROM = 1024
-"""Bytes u of pairs that take a series are read as float16 1024 + u."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +169,6 @@ def _sections(
         _table_bytes(host.key_table, bits[0], signed=False),
         _table_bytes(host.value_table, bits[1], signed=True),
     ]
-    if spec.scaled:
-        centre = torch.full((heads, 16, 2), -float(BYTES_FROM + table_bias(bits[0])))
-        out.append(half_words(*centre.unbind(-1)))
     if spec.terms > 2:
         out.append(_polynomials(spec).expand(heads, -1))
     if spec.layout.spec.key_slots:
@@ -214,8 +209,8 @@ def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
 
     Explicit: a byte u becomes ``u 2**-24 scale + centre``, member by member; nothing where
     neighbours share rotations, which contain that. Series: scales of the fragment's four words,
-    then the zeros of either member, both rows alike, less what bytes are too large by unless token
-    scales apply to that.
+    then the zeros of either member less what bytes are too large by, both rows alike; under token
+    scales what bytes are too large by, and the zeros.
     """
     heads, bits = scale.shape[0], spec.layout.spec.key_bits
     pair = fragment_pairs(spec.key_groups)
@@ -227,9 +222,10 @@ def _scale_words(spec: GluonSpec, scale: Tensor, zero: Tensor) -> Tensor:
     explicit = torch.stack([half_words(*x.unbind(-1)) for x in (factor, centre)], -2)
     explicit = explicit.permute(0, 2, 1, 3, 4, 5).flatten(-2)  # head, group, member, t, kind half
     series = half_words(*s.unbind(-1)).permute(0, 2, 3, 1, 4).flatten(-2)
-    if not spec.scaled:
-        z = z - (BYTES_FROM + table_bias(bits))
-    zeros = half_words(*z.unbind(-1)).permute(0, 2, 1, 3, 4).repeat_interleave(2, -1)
+    excess = torch.full_like(z, -float(BYTES_FROM + table_bias(bits)))
+    rows = (excess, z) if spec.scaled else (z + excess, z + excess)
+    words = torch.stack([half_words(*x.unbind(-1)) for x in rows], -1)
+    zeros = words.flatten(-2).permute(0, 2, 1, 3, 4)
     n = spec.explicit
     if not spec.neighbours:
         out[:, :n, :2] = explicit[:, :n]

@@ -58,28 +58,36 @@ class ExplicitEmitter:
         both = _turn_neighbours if self.spec.neighbours else _turn
         return ".reg .b32 p<4>, q<4>;\n" + both(words)
 
-    def zeros(self, out: KernelWriter, tile: int, pairs: int, before: list[str]) -> None:
-        """Products of turned zeros, ``turned_{0..3}``, which start from ``before``."""
-        size = Constants(self.spec).zero_bytes
+    def zeros(self, out: KernelWriter, tile: int, pairs: int) -> None:
+        """Add a group's products of turned zeros to ``turned_{0..3}``.
+
+        Tokens that share rotations have rows alike: the rows of a product are two tiles' then.
+        """
+        number = tile
+        if self.spec.neighbours:
+            number, second = divmod(tile, 2)
+            if second:
+                return
         at = self.memory.constants + Constants(self.spec).zeros
-        at += size * (tile * self.spec.explicit + pairs)
-        text = ".reg .b32 x<4>, y<4>;\n"
-        for i in range(size // 512):
-            target = listed([f"{'xy'[i]}{k}" for k in range(4)])
-            text += f"ld.shared.v4.b32 {target}, [$4+{at + 512 * i}];\n"
+        at += 1024 * (number * self.spec.explicit + pairs)
         a, b = [f"x{k}" for k in range(4)], [f"y{k}" for k in range(4)]
-        if self.spec.neighbours:  # either token's, alike
-            a, b = [a[0], a[0], a[1], a[1]], [a[2], a[2], a[3], a[3]]
+        text = ".reg .b32 x<4>, y<4>;\n"
+        for i, words in enumerate((a, b)):
+            text += f"ld.shared.v4.b32 {listed(words)}, [$4+{at + 512 * i}];\n"
         d, q = registers(0, 4), registers(5, 4)
         text += product(d, a, q[:2], registers(9, 4)) + product(d, b, q[2:], d)
         queries = [f"q0_{pairs}_{x}" for x in ("a0", "a1", "b0", "b1")]
-        inputs = ["shared + lane * 16", *queries, *before]
         sums = [f"turned_{i}" for i in range(4)]
+        inputs = ["shared + lane * 16", *queries, *(sums if pairs else ["zero"] * 4)]
         out.ptx(text, sums, inputs, kinds="rrrrrffff", into="ffff", name="KEY_ZEROS")
 
-    def column(self, r: int, group: int) -> int:
-        """Which of a lane's four sums of a tile belongs to its token r, for a group's query."""
-        return 3 * r if self.spec.neighbours else 2 * r + group
+    def sum_of(self, r: int, group: int) -> str:
+        """The sum of a tile's products that belongs to the lane's token r, for a group's query."""
+        return f"plain_{3 * r if self.spec.neighbours else 2 * r + group}"
+
+    def zero_of(self, tile: int, r: int, group: int) -> str:
+        """The same of turned zeros; tiles are counted in their chunk."""
+        return f"turned_{2 * tile + r if self.spec.neighbours else 2 * r + group}"
 
 
 def _turn_neighbours(words: list[str]) -> str:

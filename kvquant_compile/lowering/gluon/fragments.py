@@ -11,6 +11,7 @@ HALVES = "cvt.rn.f16x2.f32 $0, $2, $1;"
 """Two floats as halves of one word."""
 
 ONES = "0x3C003C00"
+BYTES_FROM = 1024
 BYTES_AS_1024 = "0x64646464"
 """High bytes that make a byte u the float16 1024 + u."""
 

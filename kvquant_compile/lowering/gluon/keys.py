@@ -82,7 +82,7 @@ class KeyEmitter:
             self._multiply(out, mine, 2 * chunk + tile, pairs)
             if pairs == self.spec.key_groups - 1:
                 for r in range(2):
-                    self._finish(out, 4 * chunk + 2 * tile + r, r)
+                    self._finish(out, chunk, tile, r)
 
     def _token_scales(self, out: KernelWriter, chunk: int) -> None:
         """``scale{j}``: token scales of the lane's tokens of a chunk."""
@@ -97,8 +97,8 @@ class KeyEmitter:
     def _starts(self, pairs: int) -> list[str]:
         """What the first products of a tile start from: bytes' levels, or zero."""
         if self._series(pairs):
-            return [f"bytes{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
-        return ["zero" if self.spec.rotates else f"bytes0_{i}" for i in range(4)]
+            return [f"level{group}_{i}" for group in range(self.spec.groups) for i in range(4)]
+        return ["zero" if self.spec.rotates else f"level0_{i}" for i in range(4)]
 
     def _series(self, pairs: int) -> bool:
         """Whether the fragments of a group of pairs hold terms of a series."""
@@ -125,21 +125,21 @@ class KeyEmitter:
         name = "KEYS_EXPLICIT" if explicit else "KEYS_SERIES"
         out.ptx(text, sums, inputs, kinds=kinds, into="f" * len(sums), name=name)
         if explicit and self.spec.zero_fragments:
-            before = [f"turned_{i}" for i in range(4)] if pairs else ["zero"] * 4
-            explicit.zeros(out, tile, pairs, before)
+            explicit.zeros(out, tile, pairs)
 
-    def _finish(self, out: KernelWriter, j: int, r: int) -> None:
+    def _finish(self, out: KernelWriter, chunk: int, tile: int, r: int) -> None:
         """The score of one token from its products."""
+        j = 4 * chunk + 2 * tile + r
         turns = self.spec.rotates and bool(self.spec.series)
         for group in range(self.spec.groups):
             terms = []
             if self.spec.explicit or not turns:
-                terms.append(f"plain_{self._explicit.column(r, group)}")
+                terms.append(self._explicit.sum_of(r, group))
             if turns:
                 terms.append(self._by_offset(j, f"c{group}_{2 * r}", f"c{group}_{2 * r + 1}"))
             score = " + ".join(terms)
             if self.spec.scaled:
-                score = " + ".join([f"scale{j} * ({score})", *self._zeros(group, j, r)])
+                score = " + ".join([f"scale{j} * ({score})", *self._zeros(group, j, tile, r)])
             out(f"s{group}_{j} = {score}")
             if self.spec.span > 1:  # terms are spread over the token's lanes
                 reduce_lanes(out, f"s{group}_{j}", "{} + {}", lanes=(1, 2)[: self.spec.span // 2])
@@ -150,15 +150,14 @@ class KeyEmitter:
             return f"even{j} * {even} + odd{j} * {odd}"
         return f"{even} + (middle + {TOKENS[j] / 32}) * {odd}"  # in half pages
 
-    def _zeros(self, group: int, j: int, r: int) -> list[str]:
+    def _zeros(self, group: int, j: int, tile: int, r: int) -> list[str]:
         """What zeros add to a scaled score."""
         turns = self.spec.rotates and bool(self.spec.series)
         terms = []
         if self.spec.zero_fragments:
-            terms.append(f"turned_{self._explicit.column(r, group)}")
+            terms.append(self._explicit.zero_of(tile, r, group))
         if turns:
-            sums = (f"zeros{group}_{2 * r}", f"zeros{group}_{2 * r + 1}")
-            terms.append(self._by_offset(j, *sums))
+            terms.append(self._by_offset(j, f"zeros{group}_0", f"zeros{group}_1"))
         elif self.spec.series:
             terms.append(f"zeros0_{group}")
         return terms

@@ -53,20 +53,15 @@ class LevelEmitter:
     def page(self, out: KernelWriter) -> None:
         """What the bytes' centres and the zeros add to scores.
 
-        Products with the same key in every row leave ``bytes{fragment}_{0..3}`` and
-        ``zeros{fragment}_{0..3}``: a level for the fragment's even columns and one for the odd,
-        twice.
+        Products leave ``level{fragment}_{0..3}``, a level for the fragment's even columns and one
+        for the odd, twice; under token scales those of zeros are ``zeros{fragment}_{0, 1}``.
         """
         if not self.spec.series:
             return
         out("", "# scales into queries; what centres and zeros add to every score")
         scales = self.memory.constants + Constants(self.spec).scales
         for fragment in self._fragments:
-            for kind in ("bytes", "zeros") if self.spec.scaled else ("bytes",):
-                out(*(f"{kind}{fragment}_{i} = zero" for i in range(4)))
-        if self.spec.scaled:
-            centre = self.memory.constants + Constants(self.spec).centre
-            load_shared(out, [f"k{i}" for i in range(4)], "shared + t * 16", centre)
+            out(*(f"{name} = zero" for name in self._sums(fragment)))
         for pairs in self.spec.series:
             at = [scales + 192 * pairs + 64 * k for k in range(3)]
             if self.spec.rotates:  # scales are in the queries already
@@ -77,6 +72,18 @@ class LevelEmitter:
                 if not self.spec.rotates:
                     self._fold(out, fragment, pairs)
                 self._levels(out, fragment, pairs)
+        if not self.spec.scaled:
+            return
+        # Four different sums, lest the compiler assembles them anew for every product.
+        for fragment in self._fragments:
+            for i, little in enumerate(("0.0", "0.0", "1e-30", "1e-30")):
+                out(f"level{fragment}_{i} = bytes{fragment}_{i % 2} + {little}")
+
+    def _sums(self, fragment: int) -> list[str]:
+        """What the products of levels add to: the same rows twice, or bytes' and zeros'."""
+        if not self.spec.scaled:
+            return [f"level{fragment}_{i}" for i in range(4)]
+        return [f"{kind}{fragment}_{i}" for kind in ("bytes", "zeros") for i in range(2)]
 
     @property
     def _fragments(self) -> range:
@@ -94,19 +101,15 @@ class LevelEmitter:
         """Add what a group's centres and zeros add to every score.
 
         Bytes come as 1024 + u and mean u - bias. Without token scales the zeros contain that; they
-        are whole numbers then, exact in halves from -2048 on, and off by one below.
+        are whole numbers then, exact in halves from -2048 on, and off by one below. With them the
+        first eight rows of the product are the bytes', the others the zeros'.
         """
         kept = "q" if self.spec.rotates else "p"
         queries = [f"{kept}{fragment}_{pairs}_{x}" for x in WORDS]
+        sums = self._sums(fragment)
         d, b = registers(0, 4), registers(4, 4)
         text = product(d, registers(12, 4), b[:2], registers(8, 4))
         text += product(d, registers(16, 4), b[2:], d)
-        keys = {"zeros": [f"e{i}" for i in range(4, 12)]}
-        if self.spec.scaled:
-            keys["bytes"] = ["k0", "k1", "k2", "k3"] * 2
-        else:
-            keys["bytes"] = keys.pop("zeros")
-        for kind, words in keys.items():
-            sums = [f"{kind}{fragment}_{i}" for i in range(4)]
-            kinds = "rrrrffff" + "r" * 8
-            out.ptx(text, sums, [*queries, *sums, *words], kinds=kinds, into="ffff", name="LEVEL")
+        inputs = [*queries, *sums, *(f"e{i}" for i in range(4, 12))]
+        kinds = "rrrrffff" + "r" * 8
+        out.ptx(text, sums, inputs, kinds=kinds, into="ffff", name="LEVEL")

@@ -262,20 +262,15 @@ class Constants:
 
     @property
     def zeros(self) -> int:
-        """Rotated zeros in the same order: both members, a vector each where tokens have their
-        own rotations, else one vector of both."""
+        """Rotated zeros: [chunk, tile, explicit group][member][lane][16 B], or with both tiles in
+        one vector where tokens share rotations."""
         return 4 * self.spec.explicit * self.rotation_bytes
-
-    @property
-    def zero_bytes(self) -> int:
-        """Of a tile's group."""
-        return 512 * (1 if self.spec.neighbours else 2)
 
     @property
     def turns(self) -> int:
         """[word of an angle][16 B]: frequencies of its two pairs."""
-        size = 4 * self.spec.explicit * self.zero_bytes if self.spec.zero_fragments else 0
-        return self.zeros + size
+        size = 1024 * (2 if self.spec.neighbours else 4) * self.spec.explicit
+        return self.zeros + (size if self.spec.zero_fragments else 0)
 
     @property
     def scales(self) -> int:
@@ -292,15 +287,10 @@ class Constants:
         return self.scales + 192 * self.spec.key_groups
 
     @property
-    def centre(self) -> int:
-        """What bytes are too large by, as a fragment's four words, four times; for token scales."""
-        return self.tables + 128
-
-    @property
     def polynomials(self) -> int:
         """[lane of a query][g][token of the lane][even, odd] float32: what the lane's two terms are
         to be multiplied by, where there are more than two."""
-        return self.centre + (64 if self.spec.scaled else 0)
+        return self.tables + 128
 
     @property
     def outliers(self) -> int:

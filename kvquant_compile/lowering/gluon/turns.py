@@ -84,13 +84,14 @@ class Turns:
         return words.transpose(-3, -2).flatten(-2)  # head, .., vector, lane, (factor, half)
 
     def zeros(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The zeros section, fragments of ``R(i) zero``: int32 [H, chunk, tile, group, ...]."""
+        """The zeros section, fragments of ``R(i) zero``: int32 [H, ...]."""
         if self.spec.neighbours:
             zero = zero / pair_scale(scale).repeat(1, 2)
         words = [half_words(*x.unbind(-1)) for x in self._turned(scale * zero)]
-        if self.spec.neighbours:  # lane, (member, half)
-            return torch.stack([x.squeeze(-1) for x in words], -2).flatten(-2)
-        return torch.stack(words, 4).flatten(-2)  # member, lane, (half, r)
+        both = torch.stack(words, 4)  # head, chunk, tile, group, member, lane, half, R
+        if self.spec.neighbours:  # rows of a product are two tiles'
+            both = both.squeeze(-1).movedim(2, -1)
+        return both.flatten(-2)
 
     def _turned(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Both members of ``R(i) key``, as small as turned keys are."""
