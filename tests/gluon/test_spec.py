@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvquant_compile.codec.layout import PageLayout
+from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
 from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory, unsupported
 
@@ -18,8 +18,10 @@ CODECS = (
 WIDTHS = ((32, 32), (64, 128), (96, 64), (128, 128), (256, 256))
 SPECS = [
     GluonSpec(PageLayout(codec, 2, *dims, 2), explicit >= 0, max(explicit, 0), groups,
-               False, False, False, False)
-    for codec, dims, explicit, groups in itertools.product(CODECS, WIDTHS, (-1, 0, 1), (1, 2))
+               False, False, False, False, terms=terms)
+    for codec, dims, explicit, (groups, terms)
+    in itertools.product(CODECS, WIDTHS, (-1, 0, 1, 3, 4), ((1, 2), (2, 2), (1, 4), (1, 8)))
+    if explicit <= padded(dims[0]) // 32 and (explicit >= 0 or terms == 2)
 ]  # fmt: skip
 
 
@@ -27,8 +29,11 @@ def sections(spec: GluonSpec) -> list[tuple[str, int, int]]:
     """Name, start and end of everything in a program's shared memory."""
     m, warps, groups = Memory(spec), range(spec.warps), range(spec.groups)
     found = [(f"stage {w}", w * m.stage, (w + 1) * m.stage) for w in warps]
-    turned = 512 * spec.key_groups * spec.groups if spec.rotates else 0
-    found.append(("queries", m.queries, m.queries + turned))
+    if spec.rotates:
+        size = 512 * spec.groups
+        found.append(("queries", m.queries, m.queries + size * spec.key_groups))
+        partners = m.query(spec.explicit, 0) + m.partner
+        found.append(("partners", partners, partners + size * len(spec.series)))
     found += [(f"angles {w}", m.angles + w * m.angle_bytes, m.angles + (w + 1) * m.angle_bytes)
               for w in warps]  # fmt: skip
     found.append(("constants", m.constants, m.constants + Constants(spec).size))

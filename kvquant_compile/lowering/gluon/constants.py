@@ -95,10 +95,11 @@ def series_coefficients(frequencies: Tensor) -> Tensor:
 
 
 def column_coefficients(frequencies: Tensor, scale: Tensor, explicit: int) -> Tensor:
-    """What a query's columns hold of a member itself, and of the pair's other.
+    """By column, the factors of a query's member and of the pair's other one.
 
     Of a series its terms. Of the first groups, which turn explicitly, the query, and the query
-    turned back by a token, times the pairs' scales and what turned keys are smaller by.
+    turned back by a token, over what turned keys are smaller by and times the pairs' scales; read
+    where neighbours share rotations.
 
     Args:
         frequencies: [P].

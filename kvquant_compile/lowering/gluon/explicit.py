@@ -1,7 +1,7 @@
 """Keys that are rotated token by token: fragments of bytes to fragments of turned keys.
 
-A pair's bytes u, v enter as subnormal halves. What they become turned keys p, q by depends on
-whether a lane's two tokens of a tile, neighbours, have the rotation in common:
+A pair's bytes u, v enter as subnormal halves. How they become turned keys p, q depends on whether a
+lane's two tokens of a tile, neighbours, have the rotation in common:
 
 * They have where queries have a column to spare: the second token is one further than the first,
   and meets a query that is turned back by one. Scales and zeros are in the table then:
@@ -53,8 +53,8 @@ class ExplicitEmitter:
         return 12 if self.spec.neighbours else 16
 
     def text(self, words: list[str]) -> str:
-        """PTX: fragments ``a``, ``b`` of bytes to ``p``, ``q``; a word k is row k % 2 of half k //
-        2."""
+        """PTX: fragments ``a``, ``b`` of bytes to ``p``, ``q``. Word k is of row ``k % 2`` and half
+        ``k // 2``."""
         both = _turn_neighbours if self.spec.neighbours else _turn
         return ".reg .b32 p<4>, q<4>;\n" + both(words)
 

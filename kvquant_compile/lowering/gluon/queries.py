@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from kvquant_compile.lowering.gluon.fragments import HALVES, load_shared, reduce_lanes, warp_sync
 from kvquant_compile.lowering.gluon.spec import (
     COLUMN_GROUP,
+    EXPLICIT_EXPONENT,
     MOST_TERMS,
     Constants,
     GluonSpec,
     Memory,
 )
 from kvquant_compile.lowering.gluon.writer import KernelWriter
-
-EXPLICIT_EXPONENT = 9
-"""Rotated keys are held 2**9 times smaller, and their queries larger, to stay normal halves."""
 
 _PARTS = [(member, half) for member in range(2) for half in range(2)]
 

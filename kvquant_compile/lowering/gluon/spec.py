@@ -18,6 +18,9 @@ MOST_NEIGHBOURS = 3
 """Groups of explicit pairs at most whose tokens share rotations, see
 :attr:`GluonSpec.neighbours`."""
 
+EXPLICIT_EXPONENT = 9
+"""Explicitly rotated keys are 2**9 times smaller, their queries larger, to stay normal halves."""
+
 SERIES_LIMITS = {2: 0.05, 4: 0.7, 8: 3.21}
 """Number of terms -> the largest angle, in radians over half a page, that so many terms of a
 rotation's series reach: to 6e-4, 1.3e-3 and 1.6e-3 at the far ends of a page."""
@@ -97,7 +100,8 @@ class GluonSpec:
         """Whether a lane's two tokens of a tile, neighbours, share the rotation of explicit keys:
         the second one meets the queries' next column, which is idle and holds them a token back.
 
-        Not with more groups: their tables, larger by half, would not leave a page its memory."""
+        Not with more than three groups of explicit pairs: their tables, larger by half, would take
+        the memory of pages."""
         return self.groups == 1 and 0 < self.explicit <= MOST_NEIGHBOURS
 
     def fragments(self, pairs: int) -> range:
@@ -160,9 +164,10 @@ class Memory:
     def bound(layout: PageLayout) -> int:
         """Most bytes of any kernel for a format, whatever its rotations and queries."""
         rotations = range(padded(layout.key_dim) // 32 + 1)
+        uses = ((2, 2), *((1, terms) for terms in SERIES_LIMITS))
         return max(
-            Memory(GluonSpec(layout, True, explicit, groups, True, True, True, True)).size
-            for explicit, groups in itertools.product(rotations, (1, 2))
+            Memory(GluonSpec(layout, True, n, groups, True, True, True, True, terms=terms)).size
+            for n, (groups, terms) in itertools.product(rotations, uses)
         )
 
     @functools.cached_property

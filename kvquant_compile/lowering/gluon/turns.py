@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant_compile.lowering.gluon.queries import EXPLICIT_EXPONENT
-from kvquant_compile.lowering.gluon.spec import GluonSpec
+from kvquant_compile.lowering.gluon.spec import EXPLICIT_EXPONENT, GluonSpec
 from kvquant_compile.lowering.triton.prepared import half_words
 from kvquant_compile.lowering.triton.spec import table_bias
 
@@ -26,9 +25,12 @@ def fragment_pairs(groups: int) -> Tensor:
 
 
 def pair_scale(scale: Tensor) -> Tensor:
-    """The power of two above both members' scales, which is a half: [H, 2 P] -> [H, P]."""
+    """The least power of two that neither member's scale exceeds: [H, 2 P] -> [H, P].
+
+    Not below what keys are smaller by, so that residuals over it stay finite halves.
+    """
     larger = scale.unflatten(-1, (2, -1)).amax(-2)
-    return torch.exp2(torch.ceil(torch.log2(larger.clamp_min(2.0**-14))))
+    return torch.exp2(torch.ceil(torch.log2(larger.clamp_min(SMALL))))
 
 
 @dataclass(frozen=True, eq=False)
