@@ -97,7 +97,7 @@ def make_labs(args: argparse.Namespace, results: Results, bar: Progress) -> list
         data = data[len(data) // 2 :]
     model, tokenizer = load_model(args.model, args.dtype)
     model.to(args.device)
-    options = CalibrationOptions.make(windows=args.calibration_windows, own_text=args.own_text)
+    options = CalibrationOptions.make(args.seed, args.calibration_windows, own_text=args.own_text)
     some = next(iter(texts.values()))
     whole = Lab(model, tokenizer, some, args.windows[0], None, data, options, results, bar)
     limits = args.limits or [None] * len(texts)
@@ -172,6 +172,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-windows", type=int)
     parser.add_argument("--own-text", type=float, help="part of the calibration tokens that the "
                         "model samples itself beside a text")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of calibration: another draw")
     parser.add_argument("--recipes", default=RECIPES)
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--windows", type=int, nargs="+", default=[2048, 4096])

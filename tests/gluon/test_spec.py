@@ -16,12 +16,17 @@ CODECS = (
     CodecSpec(1, 1, 0, 3, False, 0), CodecSpec(2, 4, 2, 2, False, 1),
 )  # fmt: skip
 WIDTHS = ((32, 32), (64, 128), (96, 64), (128, 128), (256, 256))
+TURNS = (
+    (-1, 1, 2), (-1, 2, 2), (0, 1, 2), (0, 2, 2), (1, 1, 2), (1, 2, 2), (1, 1, 8), (3, 1, 2),
+    (4, 1, 4),
+)  # fmt: skip
+"""Groups of explicit pairs (none rotates at -1), groups of columns, terms."""
+
 SPECS = [
     GluonSpec(PageLayout(codec, 2, *dims, 2), explicit >= 0, max(explicit, 0), groups,
-               False, False, False, False, terms=terms)
-    for codec, dims, explicit, (groups, terms)
-    in itertools.product(CODECS, WIDTHS, (-1, 0, 1, 3, 4), ((1, 2), (2, 2), (1, 4), (1, 8)))
-    if explicit <= padded(dims[0]) // 32 and (explicit >= 0 or terms == 2)
+              False, False, False, False, terms=terms)
+    for codec, dims, (explicit, groups, terms) in itertools.product(CODECS, WIDTHS, TURNS)
+    if explicit <= padded(dims[0]) // 32
 ]  # fmt: skip
 
 

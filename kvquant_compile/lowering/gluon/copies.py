@@ -49,7 +49,7 @@ class Copies(Protocol):
     """
 
     def prologue(self, out: KernelWriter) -> None:
-        """What comes first, and the copy of the head's constants."""
+        """What comes first, and the copy of the head's constants for programs that read pages."""
 
     def ready(self, out: KernelWriter) -> None:
         """All warps meet, and the constants are there."""
@@ -96,7 +96,8 @@ class BulkCopies:
             ["_"],
             [
                 f"shared + {m.constants} + lz", "ready + lz",
-                f"constants.to(gl.int64) + head.to(gl.int64) * {size} + lz", "tid",
+                f"constants.to(gl.int64) + head.to(gl.int64) * {size} + lz",
+                "tid | (split >> 31)",
             ],
             kinds="rrlr", name="COPY_CONSTANTS",
         )  # fmt: skip
@@ -165,13 +166,15 @@ class LaneCopies:
             [("$1", "$2", "$3", Part(0, "page_source", 0, size))], 512 * self.spec.warps
         )
         out.ptx(
-            text + "cp.async.commit_group;", ["_"],
+            ".reg .pred q; setp.lt.s32 q, $4, 0; @q bra SKIP;\n"
+            + text + "SKIP: cp.async.commit_group;",
+            ["_"],
             [
                 f"shared + {self.memory.constants} + tid * 16",
                 f"constants.to(gl.int64) + head.to(gl.int64) * {size} + (tid * 16).to(gl.int64)",
-                "tid * 16",
+                "tid * 16", "split + lz",
             ],
-            kinds="rlr", name="COPY_CONSTANTS",
+            kinds="rlrr", name="COPY_CONSTANTS",
         )  # fmt: skip
 
     def ready(self, out: KernelWriter) -> None:

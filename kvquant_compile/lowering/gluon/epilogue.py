@@ -27,8 +27,8 @@ class EpilogueEmitter:
         """Groups of four sums of a lane."""
         return self.spec.value_groups * self.spec.groups
 
-    def write(self, out: KernelWriter) -> None:
-        """Merge the warps through the pages' memory, which nothing reads any more."""
+    def merge_warps(self, out: KernelWriter) -> None:
+        """One result of all warps, through the pages' memory, which nothing reads any more."""
         out("", "# merge the warps")
         turns = range(-(-self._vectors // self.spec.warps))
         for turn in turns:
@@ -41,11 +41,6 @@ class EpilogueEmitter:
         )
         for turn in turns:
             self._merge(out, turn)
-        self._last(out)
-        out(
-            "# never true: keeps the shared memory alive to the end",
-            "gl.store(counters + tid, own_row.load(LANES), mask=tid < (splits >> 31))",
-        )
 
     def _store(self, out: KernelWriter) -> None:
         for group in range(self.spec.groups):
@@ -106,7 +101,7 @@ class EpilogueEmitter:
             f"seen = top > {NOTHING}",
             "over = gl.where(seen, 1.0 / whole, 0.0)",
             f"target = (base_row + column).to(gl.int64) * {self.spec.layout.value_dim} + channel",
-            f"writes = (mine <= {last}) & (split >= 0){lane}",
+            f"writes = (mine <= {last}){lane}",
         )
         for i in range(4):
             out(
@@ -121,7 +116,7 @@ class EpilogueEmitter:
             "gl.store(partial_lse + base_row + column, sum_log, mask=writes)",
         )
 
-    def _last(self, out: KernelWriter) -> None:
+    def merge_splits(self, out: KernelWriter) -> None:
         """The last program of a head and tile merges, and leaves the counters at zero."""
         program_sync(out)
         out(
@@ -133,6 +128,10 @@ class EpilogueEmitter:
             for number in range(-(-self.spec.columns // self.spec.warps)):
                 self._column(out, number)
             out("gl.store(done, 0)", "gl.store(done - 128, 0)")
+        out(
+            "# never true: keeps the shared memory alive to the end",
+            "gl.store(counters + tid, own_row.load(LANES), mask=tid < (splits >> 31))",
+        )
 
     @property
     def _vectors_of_lane(self) -> range:

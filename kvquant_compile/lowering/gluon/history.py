@@ -53,13 +53,9 @@ def gluon_source(spec: GluonSpec) -> str:
 def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
     memory = Memory(spec)
     ring, visibility = RingEmitter(spec, memory), VisibilityEmitter(spec, memory)
-    copies = ring.copies
-    queries, keys = QueryEmitter(spec, memory), KeyEmitter(spec, memory)
-    levels = LevelEmitter(spec, memory)
-    key_slots, value_slots = KeySlotEmitter(spec, memory), ValueSlotEmitter(spec, memory)
-    values = ValueEmitter(spec, memory, value_slots)
+    queries, epilogue = QueryEmitter(spec, memory), EpilogueEmitter(spec, memory)
     _write_frame(out, spec, memory)
-    copies.prologue(out)
+    ring.copies.prologue(out)
     visibility.load(out)
     if not spec.window:
         ring.start(out)
@@ -69,6 +65,24 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
         ring.start(out)
     ring.prologue(out)
     OwnEmitter(spec).write(out)
+    with out.block("if split >= 0:"):
+        _write_pages(out, spec, memory, ring, visibility, queries)
+        epilogue.merge_warps(out)
+    epilogue.merge_splits(out)
+
+
+def _write_pages(
+    out: KernelWriter,
+    spec: GluonSpec,
+    memory: Memory,
+    ring: RingEmitter,
+    visibility: VisibilityEmitter,
+    queries: QueryEmitter,
+) -> None:
+    """What a warp needs for its pages, and the loop over them."""
+    keys, levels = KeyEmitter(spec, memory), LevelEmitter(spec, memory)
+    key_slots, value_slots = KeySlotEmitter(spec, memory), ValueSlotEmitter(spec, memory)
+    values, copies = ValueEmitter(spec, memory, value_slots), ring.copies
     queries.prologue(out)
     key_slots.prologue(out)
     copies.ready(out)
@@ -106,7 +120,6 @@ def _write_body(out: KernelWriter, spec: GluonSpec) -> None:
             out("phase = gl.where(again != 0, phase, phase ^ 1)")
     if value_slots.count:
         value_slots.flush(out)
-    EpilogueEmitter(spec, memory).write(out)
 
 
 def _write_frame(out: KernelWriter, spec: GluonSpec, memory: Memory) -> None:

@@ -73,7 +73,7 @@ class QueryEmitter:
         return itertools.product(range(self.spec.key_groups), range(2), range(2))
 
     def _load_column(self, out: KernelWriter, group: int) -> None:
-        """The lane's elements ``x{group}_{pairs}_{member}{half}{low}`` of a query, as they are."""
+        """The lane's elements ``raw{group}_{pairs}_{member}{half}{low}`` of a query as it is."""
         columns, bits = self.spec.columns, self.spec.span.bit_length()
         out(
             f"column = tile * {columns} + {COLUMN_GROUP * group} + (g >> {bits})",
@@ -87,18 +87,20 @@ class QueryEmitter:
             if self.spec.reorder:
                 channel = f"order_{member}_{pairs}_{half}{low}"
                 mask = f"real & ({channel} < {self.spec.layout.key_dim})"
-            name = f"x{group}_{pairs}_{member}{half}{low}"
+            name = f"raw{group}_{pairs}_{member}{half}{low}"
             out(f"{name} = gl.load(rows + {channel}, mask={mask}, other=0.0)")
 
     def _normalise(self, out: KernelWriter, group: int) -> None:
         """``unit{group}``: what a score is to be multiplied by, for the lane's own query."""
         out("largest = zero")
         for (pairs, half, low), member in itertools.product(self._pairs(), range(2)):
-            x = f"x{group}_{pairs}_{member}{half}{low}"
+            element = f"{group}_{pairs}_{member}{half}{low}"
+            x = f"x{element}"
             stretch = f" * stretch_{pairs}_{half}{low}" if self.spec.stretched else ""
             out(
-                f"{x} = {x}.to(gl.float32){stretch}", f"largest = gl.maximum(largest, gl.abs({x}))"
-            )  # fmt: skip
+                f"{x} = raw{element}.to(gl.float32){stretch}",
+                f"largest = gl.maximum(largest, gl.abs({x}))",
+            )
         reduce_lanes(out, "largest", "gl.maximum({}, {})", lanes=(1, 2))
         out("largest = gl.maximum(largest, 1e-12)", f"inverse{group} = 1.0 / largest")
         text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
