@@ -21,7 +21,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from kvquant_compile.codec.layout import PageLayout
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.gluon import launch
-from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from tests.gluon.compiled import compile_gluon
 from tests.triton.ahead import main_loop
 

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from kvquant_compile.lowering.gluon.spec import Memory
+from kvquant_compile.lowering.gluon.memory import Memory
 from kvquant_compile.lowering.triton.compat import unavailable
 from tests.gluon.test_interpreted import SMALL
 

@@ -18,8 +18,9 @@ from kvquant_compile.lowering.gluon.constants import (
     series_terms,
 )
 from kvquant_compile.lowering.gluon.launch import gluon_spec
+from kvquant_compile.lowering.gluon.memory import Constants
 from kvquant_compile.lowering.gluon.slots import HEADROOM
-from kvquant_compile.lowering.gluon.spec import SERIES_LIMITS, Constants
+from kvquant_compile.lowering.gluon.spec import SERIES_LIMITS
 from kvquant_compile.lowering.gluon.turns import SMALL
 from kvquant_compile.lowering.gluon.visibility import TOKENS
 from kvquant_compile.lowering.triton.spec import table_bias

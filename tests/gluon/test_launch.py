@@ -13,7 +13,8 @@ from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.attend import Site
 from kvquant_compile.lowering.gluon import launch
 from kvquant_compile.lowering.gluon.constants import gluon_constants
-from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.source import kernels_source
 from kvquant_compile.lowering.triton import dispatch
 from tests.gluon.test_interpreted import HALF_SERIES, NARROW, SMALL

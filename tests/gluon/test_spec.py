@@ -9,7 +9,8 @@ import pytest
 
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import PAGE_TOKENS, CodecSpec
-from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory, unsupported
+from kvquant_compile.lowering.gluon.memory import Constants, Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec, unsupported
 
 CODECS = (
     CodecSpec(3, 3, 0, 0, False, 0), CodecSpec(3, 3, 1, 1, True, 1), CodecSpec(4, 2, 4, 0, True, 2),

@@ -11,14 +11,9 @@ from torch import Tensor
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import LayerTables
 from kvquant_compile.lowering.gluon.fragments import BYTES_FROM
+from kvquant_compile.lowering.gluon.memory import Constants
 from kvquant_compile.lowering.gluon.slots import HEADROOM
-from kvquant_compile.lowering.gluon.spec import (
-    COLUMN_GROUP,
-    MOST_TERMS,
-    SERIES_LIMITS,
-    Constants,
-    GluonSpec,
-)
+from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, MOST_TERMS, SERIES_LIMITS, GluonSpec
 from kvquant_compile.lowering.gluon.turns import (
     SMALL,
     SUBNORMAL,
@@ -36,7 +31,7 @@ class GluonConstants:
     """Constants of one layer (H kv heads, P pairs), on the layer's device.
 
     Attributes:
-        block: int32 [H, size / 4], see :class:`~.spec.Constants`.
+        block: int32 [H, size / 4], see :class:`~.memory.Constants`.
         key_unit: float32 [H], what a product of a unit query and scaled keys is to be multiplied
             by.
         coefficients: float32 [H, P, 8, 2], see :func:`column_coefficients`.

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvquant_compile.codec.spec import PAGE_TOKENS
-from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Constants, Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.writer import KernelWriter
 
 Half = Literal["keys", "values"]

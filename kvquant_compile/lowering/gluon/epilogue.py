@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import ALL_LANES, program_sync, reduce_lanes
+from kvquant_compile.lowering.gluon.memory import Memory
 from kvquant_compile.lowering.gluon.own import write_column
-from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec
 from kvquant_compile.lowering.gluon.values import LOG2_ONE
 from kvquant_compile.lowering.gluon.visibility import HIDDEN, NOTHING
 from kvquant_compile.lowering.gluon.writer import KernelWriter, approximate, listed, registers

@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import load_shared, product
-from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Constants, Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.writer import KernelWriter, listed, registers
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from kvquant_compile.lowering.gluon.epilogue import EpilogueEmitter
 from kvquant_compile.lowering.gluon.keys import KeyEmitter
 from kvquant_compile.lowering.gluon.levels import LevelEmitter
+from kvquant_compile.lowering.gluon.memory import Memory
 from kvquant_compile.lowering.gluon.own import OwnEmitter
 from kvquant_compile.lowering.gluon.queries import QueryEmitter
 from kvquant_compile.lowering.gluon.ring import RingEmitter
 from kvquant_compile.lowering.gluon.slots import KeySlotEmitter, ValueSlotEmitter
-from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.values import ValueEmitter
 from kvquant_compile.lowering.gluon.visibility import VisibilityEmitter
 from kvquant_compile.lowering.gluon.writer import KernelWriter

@@ -32,7 +32,8 @@ from kvquant_compile.lowering.gluon.fragments import (
     unpack,
 )
 from kvquant_compile.lowering.gluon.levels import WORDS
-from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Constants, Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.visibility import TOKENS
 from kvquant_compile.lowering.gluon.writer import KernelWriter, registers
 

@@ -13,8 +13,9 @@ from kvquant_compile.lowering.gluon.constants import (
     gluon_constants,
     series_terms,
 )
+from kvquant_compile.lowering.gluon.memory import Memory
 from kvquant_compile.lowering.gluon.module import gluon_kernel
-from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory, unsupported
+from kvquant_compile.lowering.gluon.spec import GluonSpec, unsupported
 from kvquant_compile.lowering.remembered import Remembered
 from kvquant_compile.lowering.triton.compat import interpreting
 from kvquant_compile.lowering.triton.dispatch import choice

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import HALVES, load_shared, reduce_lanes, warp_sync
+from kvquant_compile.lowering.gluon.memory import Constants, Memory
 from kvquant_compile.lowering.gluon.spec import (
     COLUMN_GROUP,
     EXPLICIT_EXPONENT,
     MOST_TERMS,
-    Constants,
     GluonSpec,
-    Memory,
 )
 from kvquant_compile.lowering.gluon.writer import KernelWriter
 

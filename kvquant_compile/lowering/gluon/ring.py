@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.lowering.gluon.copies import BulkCopies, Copies, LaneCopies
-from kvquant_compile.lowering.gluon.spec import GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.writer import KernelWriter
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import HALVES, warp_sync
-from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Constants, Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.writer import KernelWriter
 
 HEADROOM = 64.0

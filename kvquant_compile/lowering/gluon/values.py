@@ -22,8 +22,9 @@ from kvquant_compile.lowering.gluon.fragments import (
     unpack,
     upper,
 )
+from kvquant_compile.lowering.gluon.memory import Constants, Memory
 from kvquant_compile.lowering.gluon.slots import FIXED_ONE, FLUSH_PAGES, ValueSlotEmitter
-from kvquant_compile.lowering.gluon.spec import Constants, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.spec import GluonSpec
 from kvquant_compile.lowering.gluon.visibility import HIDDEN
 from kvquant_compile.lowering.gluon.writer import KernelWriter, approximate, registers
 from kvquant_compile.lowering.triton.spec import table_bias

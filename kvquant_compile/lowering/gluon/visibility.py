@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from kvquant_compile.codec.spec import PAGE_TOKENS
 from kvquant_compile.lowering.gluon.fragments import load_shared
-from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec, Memory
+from kvquant_compile.lowering.gluon.memory import Memory
+from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec
 from kvquant_compile.lowering.gluon.writer import KernelWriter
 
 TOKENS = [32 * chunk + 2 * tile + r for chunk in range(2) for tile in range(2) for r in range(2)]
