@@ -14,7 +14,7 @@ from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.triton.compat import unavailable
 from tests.gluon.cases import BASE, DEFAULT, FEATURES, FORMATS
 from tests.lowering.reference import half_rope, interleaved_rope
-from tests.triton.cases import Built, Case, relative_error
+from tests.triton.cases import TOLERANCE, Built, Case, relative_error
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "never")
 
@@ -92,7 +92,7 @@ def check_built(built: Built, **how: Any) -> bytes:
     there = torch.isfinite(expected_lse) & (built.slots >= 0)[:, None]
     if there.any():
         gap = (outcome.lse.double() - expected_lse)[there].abs().max()
-        assert gap < built.case.lse_tolerance
+        assert gap < 2.5 * TOLERANCE * max(1.0, built.case.sharpness)
     return outcome.lse.numpy().tobytes()
 
 
@@ -124,6 +124,21 @@ def test_large_scores_stay_in_fixed_point() -> None:
     """Few tokens in a page: often the largest weight has the largest scale, and fills its bytes."""
     case = replace(NARROW, rope=None, rep=8, heads=8, lengths=(2,) * 8, sharpness=64.0)
     check(replace(case, spec=CodecSpec(2, 1, 0, 0, False, 0)))
+
+
+def test_residuals_of_pairs_of_tiny_scale_stay_finite() -> None:
+    """Nearly dead pairs with large outliers, which are held over the pair's scale."""
+    spec = CodecSpec(3, 3, 1, 0, False, 0)
+    built = replace(NARROW, spec=spec, lengths=(64,)).build()
+    scale = built.cache.tables[1] / 64
+    tiny = torch.arange(32) % 16 < 14
+    built.cache.tables[1].copy_(torch.where(tiny, scale * 1e-7, scale))
+    start, end = built.layout.offsets["key_slot_residual"]
+    for slab in built.cache.pages:
+        residual = slab[..., start:end].contiguous().view(torch.float16) * 256
+        slab[..., start:end] = residual.view(torch.uint8)
+    built.query = built.query / 256
+    check_built(built)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from kvquant_compile.lowering.triton import prefill
 from kvquant_compile.lowering.triton.dispatch import SWITCH
 from tests.lowering.reference import half_rope, interleaved_rope
 from tests.triton.append_cases import APPENDS, check_append
-from tests.triton.cases import Case, relative_error
+from tests.triton.cases import TOLERANCE, Case, relative_error
 
 BASE = Case(CodecSpec(3, 3, 0, 0, False, 0), (32, 32), half_rope(32, 32))
 FORMATS = {
@@ -185,7 +185,9 @@ def check(name: str, case: Case) -> bool:
     gap = (lse.double() - expected_lse)[there].abs().max() if there.any() else torch.zeros(())
     padding = output[~real]
     clean = bool((padding == 0).all())
-    good = error <= case.tolerance and float(gap) < case.lse_tolerance and clean
+    wider = 4 if case.dtype == torch.bfloat16 else 1
+    furthest = 2.5 * TOLERANCE * wider * max(1.0, case.sharpness)
+    good = error <= case.tolerance * wider and float(gap) < furthest and clean
     mark = "" if good else "  <-- wrong"
     print(f"{name:24s} error {error:.1e} lse {float(gap):.1e} {seconds:5.1f} s{mark}", flush=True)
     return good

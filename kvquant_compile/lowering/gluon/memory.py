@@ -18,6 +18,7 @@ class Memory:
     spec: GluonSpec
 
     @staticmethod
+    @functools.lru_cache(maxsize=256)  # asked for by every eager step, layer by layer
     def bound(layout: PageLayout) -> int:
         """Most bytes of any kernel for a format, whatever its rotations and queries."""
         rotations = range(padded(layout.key_dim) // 32 + 1)
