@@ -12,18 +12,16 @@ from numpy.typing import NDArray
 from kvquant_compile.codec.spec import CodecSpec
 from kvquant_compile.lowering.gluon.constants import (
     GluonConstants,
-    explicit_groups,
     gluon_constants,
-    series_coefficients,
     series_terms,
 )
 from kvquant_compile.lowering.gluon.launch import gluon_spec
 from kvquant_compile.lowering.gluon.memory import Constants
 from kvquant_compile.lowering.gluon.slots import HEADROOM
-from kvquant_compile.lowering.gluon.spec import SERIES_LIMITS
-from kvquant_compile.lowering.gluon.turns import SMALL
 from kvquant_compile.lowering.gluon.visibility import TOKENS
+from kvquant_compile.lowering.series import series_coefficients
 from kvquant_compile.lowering.triton.spec import table_bias
+from kvquant_compile.lowering.turns import SMALL
 from tests.lowering.reference import half_rope
 from tests.triton.cases import Built, Case
 
@@ -68,36 +66,6 @@ def channels(built: Built, constants: GluonConstants, pair: int) -> list[NDArray
     scale, zero = (built.cache.tables[i].double() for i in (1, 2))
     scale = scale / constants.key_unit[:, None]
     return [x[:, pair + 32 * member].numpy() for member in range(2) for x in (scale, zero)]
-
-
-def test_which_groups_turn_explicitly() -> None:
-    slow, fast = 0.049 / 32, 0.051 / 32
-    f = torch.full((48,), slow)
-    assert explicit_groups(f, 2) == 0
-    for pair, groups in ((0, 1), (15, 1), (16, 2), (47, 3)):
-        g = f.clone()
-        g[pair] = -fast
-        assert explicit_groups(g, 2) == groups
-        assert explicit_groups(g, 4) == 0
-    llama = half_rope(128, 128, 1e4).frequencies
-    assert [explicit_groups(torch.tensor(llama), terms) for terms in (2, 4, 8)] == [3, 2, 1]
-
-
-@pytest.mark.parametrize("terms", SERIES_LIMITS)
-def test_a_series_turns_by_every_offset(terms: int) -> None:
-    """At any offset in a page, to the tolerance that the limits state."""
-    frequencies = torch.linspace(0, 1, 50, dtype=torch.float64) * SERIES_LIMITS[terms] / 32
-    coefficients = series_coefficients(frequencies)[:, :terms]
-    offset = torch.arange(-32, 32).double()
-    polynomials = torch.cos(torch.arange(terms)[:, None] * torch.arccos(offset / 32))
-    angle = frequencies[:, None] * offset
-    for parity, exact in enumerate((angle.cos(), angle.sin())):
-        found = coefficients[:, parity::2] @ polynomials[parity::2]
-        assert (found - exact).abs().max() < {2: 6.5e-4, 4: 1.3e-3, 8: 1.7e-3}[terms]
-
-
-def test_pairs_that_turn_too_far_have_no_series() -> None:
-    assert (series_coefficients(torch.tensor([0.11, -0.2])) == 0).all()
 
 
 @pytest.mark.parametrize("terms", [4, 8])

@@ -34,8 +34,8 @@ def only(model: object, layer: int) -> dict[str, str]:
 
 def test_the_source_is_the_layer_s_own(model: object) -> None:
     first, second = only(model, 0), only(model, 1)
-    assert list(first) == ["history_k3v3_d16x16_rope1_slots10_n8_scaled_recent16"]
-    assert list(second) == ["history_k4v2_d16x16_rope1_slots10_n8_scaled_recent16"]
+    assert list(first) == ["history_k3v3_d16x16_rope1_1_slots10_n4_scaled_recent16"]
+    assert list(second) == ["history_k4v2_d16x16_rope1_1_slots10_n4_scaled_recent16"]
 
 
 def test_the_source_is_whole_and_what_is_compiled(model: object) -> None:
@@ -44,8 +44,8 @@ def test_the_source_is_whole_and_what_is_compiled(model: object) -> None:
     ((name, text),) = only(model, 0).items()
     golden = ("@triton.jit", f"def {name}(", "for start in tl.range(first, end, W",
               "pages = (limit + 63) // 64", "# softmax, in units of log 2",
-              "p = tl.exp2(x - ground[:, None, :])", "tl.dot(", "run = NO_RUN",
-              "tl.store(partial")  # fmt: skip
+              "weight = tl.exp2(score * unit[:, None, :] - ground[:, None, :])", "tl.dot(",
+              "run = NO_RUN", "tl.store(partial")  # fmt: skip
     assert [part for part in golden if part not in text] == []
     compile(text, name, "exec")
     kernel = load(text, name)

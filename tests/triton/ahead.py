@@ -1,6 +1,6 @@
 """Compiles one kernel for a target without a device and prints what came out.
 
-Arguments: target (``cuda:90``, ``hip:gfx942``), bits, head size, exact last tokens.
+Arguments: target (``cuda:90``, ``hip:gfx942``), bits, head size, exact last tokens, key slots.
 """
 
 # mypy: ignore-errors
@@ -26,9 +26,10 @@ from kvquant_compile.lowering.triton.spec import KernelSpec
 
 POINTERS = {
     "query": "*fp16", "query_order": "*i32", "slots": "*i32", "history": "*i32", "table": "*i32",
-    "positions": "*i32", "addresses": "*i64", "key_words": "*i32", "offset_words": "*i32",
+    "positions": "*i32", "addresses": "*i64", "key_words": "*i32", "turn_words": "*i32",
+    "zero_words": "*i32", "query_terms": "*fp32", "key_unit": "*fp32",
     "key_bytes": "*u8", "value_bytes": "*u8", "turns": "*i64", "rope_scale": "*fp32",
-    "key_factor": "*fp32", "gain": "*fp32", "offset": "*fp32", "partial": "*fp32",
+    "gain": "*fp32", "offset": "*fp32", "partial": "*fp32",
     "partial_lse": "*fp32", "scale": "fp32", "softcap": "fp32", "key": "*fp16", "value": "*fp16",
     "sinks": "*fp16", "sink_logits": "*fp32", "output": "*fp16", "output_lse": "*fp32",
 }  # fmt: skip
@@ -66,14 +67,15 @@ def _compiled(
     return triton.compile(source, target=target, options=options)
 
 
-def main(target: str, bits: str, dim: str, recent: str = "0") -> None:
+def main(target: str, bits: str, dim: str, recent: str = "0", key_slots: str = "1") -> None:
     """Compile and report."""
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
     width, size = int(bits), int(dim)
-    spec = CodecSpec(width, width, 1, 1, True, 1, int(recent))
+    spec = CodecSpec(width, width, int(key_slots), 1, True, 1, int(recent))
     layout = PageLayout(spec, 8, size, size, 2)
-    kernel = KernelSpec(layout, size // 16, 8, False, False, False)
+    explicit = size // 32 if spec.key_slots else 1
+    kernel = KernelSpec(layout, size // 16, explicit, 4, False, False, False, False)
     compiled = compile_history(kernel, gpu)
     merge = compile_merge(kernel, gpu)
     text = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
@@ -101,14 +103,16 @@ def main_loop(ptx: str) -> str:
 
 
 def spilled_bytes(ptx: str, arch: str) -> int:
-    """Bytes that ptxas spills with all registers allowed."""
+    """Bytes that ptxas spills with all registers allowed, under Triton's options for it."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         suffix = "a" if int(arch) >= 90 else ""
         target = f"--gpu-name=sm_{arch}{suffix}"
         binary = str(Path(folder) / "kernel.cubin")
-        command = [get_ptxas(int(arch)).path, "-v", target, str(source), "-o", binary]
+        ptxas = get_ptxas(int(arch))
+        options = ["--regAllocOptLevel=2"] if float(ptxas.version) >= 13 else []
+        command = [ptxas.path, "-v", *options, target, str(source), "-o", binary]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
 

@@ -38,6 +38,21 @@ FORMATS = {
     ),
     "d96x32 partial": replace(BASE, dims=(96, 32), rope=half_rope(96, 24)),
     "d40 padded": replace(BASE, dims=(40, 24), rope=half_rope(40, 40)),
+    "d128 series": replace(
+        BASE, dims=(128, 128), rope=half_rope(128, 128, 5e5), heads=1, rep=4, lengths=(66,)
+    ),
+    "d128 token scales": replace(
+        BASE, dims=(128, 128), rope=half_rope(128, 128), heads=1, rep=5, lengths=(66,),
+        spec=CodecSpec(3, 4, 0, 1, True, 1),
+    ),
+    "none, token scales": replace(BASE, rope=None, spec=CodecSpec(4, 2, 0, 0, True, 0)),
+    "d80 series, token scales": replace(
+        BASE, dims=(80, 80), rope=half_rope(80, 80), spec=CodecSpec(2, 3, 0, 0, True, 1)
+    ),
+    "d48 fast, token scales": replace(
+        BASE, dims=(48, 48), rope=half_rope(48, 48, 2.0), spec=CodecSpec(3, 3, 0, 0, True, 0)
+    ),
+    "d48 fast": replace(BASE, dims=(48, 48), rope=half_rope(48, 48, 2.0)),
     "interleaved scaled": replace(BASE, rope=interleaved_rope(32)),
     "d128 default": replace(
         BASE, dims=(128, 128), rope=half_rope(128, 128), heads=1, rep=4, lengths=(66,),

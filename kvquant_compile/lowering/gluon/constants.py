@@ -10,20 +10,19 @@ from torch import Tensor
 
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import LayerTables
-from kvquant_compile.lowering.gluon.fragments import BYTES_FROM
 from kvquant_compile.lowering.gluon.memory import Constants
 from kvquant_compile.lowering.gluon.slots import HEADROOM
-from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, MOST_TERMS, SERIES_LIMITS, GluonSpec
-from kvquant_compile.lowering.gluon.turns import (
-    SMALL,
-    SUBNORMAL,
-    Turns,
-    fragment_pairs,
-    pair_scale,
-)
+from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec
 from kvquant_compile.lowering.gluon.visibility import TOKENS
-from kvquant_compile.lowering.triton.prepared import half_words
+from kvquant_compile.lowering.series import (
+    MOST_TERMS,
+    column_coefficients,
+    explicit_groups,
+    series_coefficients,
+)
 from kvquant_compile.lowering.triton.spec import table_bias
+from kvquant_compile.lowering.turns import SMALL, Turns, fragment_pairs, pair_scale
+from kvquant_compile.lowering.words import BYTES_FROM, SUBNORMAL, half_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,52 +67,6 @@ def column_groups(columns: int) -> int:
     return 1 if columns <= COLUMN_GROUP else 2
 
 
-def explicit_groups(frequencies: Tensor, terms: int) -> int:
-    """Leading groups of sixteen pairs with one that turns too far for so many terms."""
-    far = (frequencies.double().abs() * 32 > SERIES_LIMITS[terms]).nonzero().flatten()
-    return 0 if far.numel() == 0 else int(far.max()) // 16 + 1
-
-
-def series_coefficients(frequencies: Tensor) -> Tensor:
-    """Of Chebyshev polynomials of a token's offset in half pages: float64 [P, 8].
-
-    The even ones make the cosine, the odd ones the sine (Jacobi and Anger); zero for pairs that
-    turn too far.
-    """
-    angle = frequencies.double() * 32
-    degrees, turn = torch.arange(MOST_TERMS), torch.arange(64) * (math.tau / 64)
-    sign = torch.where(degrees % 4 < 2, 1.0, -1.0) * torch.where(degrees == 0, 1.0, 2.0)
-    # Bessel's integral of the first kind; of so smooth a period, its mean is exact
-    phase = degrees[:, None] * turn - angle[:, None, None] * turn.sin()
-    bessel = phase.cos().mean(-1)
-    return torch.where(angle.abs()[:, None] > SERIES_LIMITS[MOST_TERMS], 0.0, sign * bessel)
-
-
-def column_coefficients(frequencies: Tensor, scale: Tensor, explicit: int) -> Tensor:
-    """By column, the factors of a query's member and of the pair's other one.
-
-    Of a series its terms. Of the first groups, which turn explicitly, the query, and the query
-    turned back by a token, over what turned keys are smaller by and times the pairs' scales; read
-    where neighbours share rotations.
-
-    Args:
-        frequencies: [P].
-        scale: float64 [H, 2 P], over the head's unit.
-        explicit: groups of pairs.
-
-    Returns:
-        float64 [H, P, 8, 2].
-    """
-    terms, even = series_coefficients(frequencies), torch.arange(MOST_TERMS) % 2 == 0
-    out = torch.stack([terms * even, terms * ~even], -1).repeat(scale.shape[0], 1, 1, 1)
-    first = slice(16 * explicit)
-    size, step = pair_scale(scale)[:, first] / SMALL, frequencies.double()[first]
-    out[:, first] = 0
-    out[:, first, 0, 0] = size
-    out[:, first, 1] = torch.stack([size * step.cos(), size * step.sin()], -1)
-    return out
-
-
 def gluon_constants(
     layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], columns: int
 ) -> GluonConstants:
@@ -135,9 +88,10 @@ def gluon_constants(
     sections = _sections(spec, host, frequencies.double(), scale / unit[:, None], zero, unit)
     block = torch.cat([x.reshape(layout.heads, -1) for x in sections], 1)
     assert block.shape[1] * 4 == Constants(spec).size
+    held = pair_scale(scale / unit[:, None])
     return GluonConstants(
         block.contiguous().to(device), unit.float().to(device),
-        column_coefficients(frequencies, scale / unit[:, None], explicit).float().to(device),
+        column_coefficients(frequencies, held, explicit).float().to(device),
         _turn_fractions(frequencies.double()).to(device), rope_scale.float().to(device),
         order.to(torch.int32).to(device),
         host.value_gain.float().contiguous().to(device),
@@ -153,8 +107,8 @@ def _sections(
     heads = scale.shape[0]
     out = []
     if spec.explicit:
-        turns = Turns.make(spec, frequencies)
-        out.append(turns.words(scale, zero))
+        turns = Turns.make(frequencies, spec.explicit, neighbours=spec.neighbours)
+        out.append(_turned(spec, turns, scale, zero))
     if spec.zero_fragments:
         out.append(turns.zeros(scale, zero))
     if spec.rotates:
@@ -170,6 +124,15 @@ def _sections(
     if spec.layout.spec.key_slots:
         out.append(_outlier_table(spec, frequencies, scale, unit))
     return out
+
+
+def _turned(spec: GluonSpec, turns: Turns, scale: Tensor, zero: Tensor) -> Tensor:
+    """What explicit keys are turned by; zeros apart under token scales."""
+    if not spec.neighbours:
+        words = turns.circle()
+        return words.expand(scale.shape[0], *words.shape)
+    bias = table_bias(spec.layout.spec.key_bits)
+    return turns.affine(scale, 0 * zero if spec.scaled else zero, bias)
 
 
 def _width(x: Tensor, width: int, value: float) -> Tensor:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from kvquant_compile.codec.fragments import GROUP
 from kvquant_compile.lowering.gluon.writer import KernelWriter, listed, registers
+from kvquant_compile.lowering.words import BYTES_AS_1024
 
 HALVES = "cvt.rn.f16x2.f32 $0, $2, $1;"
 """Two floats as halves of one word."""
 
 ONES = "0x3C003C00"
-BYTES_FROM = 1024
-BYTES_AS_1024 = "0x64646464"
-"""High bytes that make a byte u the float16 1024 + u."""
+HIGH_1024 = f"{BYTES_AS_1024:#x}"
 
 
 def unpack(out: KernelWriter, words: Sequence[str], bits: int, group: int) -> list[str]:
@@ -92,7 +91,7 @@ def key_fragment(a: Sequence[str], selector: str, table: Sequence[str], high: st
         a: four registers: row g, row g + 8, then both for the upper columns.
         selector: the selector.
         table: registers with the table.
-        high: bytes to put above the table's: 0 for subnormal halves u 2**-24, or BYTES_AS_1024.
+        high: bytes to put above the table's: 0 for subnormal halves u 2**-24, or HIGH_1024.
     """
     low, next_ = (
         f"prmt.b32 {a[i]}, x, {high}, 0x4140; prmt.b32 {a[i + 2]}, x, {high}, 0x4342;\n"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.explicit import ExplicitEmitter
 from kvquant_compile.lowering.gluon.fragments import (
-    BYTES_AS_1024,
+    HIGH_1024,
     ONES,
     key_fragment,
     load_codes,
@@ -177,7 +177,7 @@ def _product_text(fragments: int, table_size: int, explicit: ExplicitEmitter | N
     text = ".reg .b32 x, y, tmp, one; .reg .b32 a<4>, b<4>;\n"
     text += f"mov.b32 one, {ONES};\n"
     a, b = [f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]
-    high = "0" if explicit else BYTES_AS_1024
+    high = "0" if explicit else HIGH_1024
     text += key_fragment(a, f"${n}", table, high) + key_fragment(b, f"${n + 1}", table, high)
     if explicit:
         text += explicit.text(registers(rest, explicit.words))

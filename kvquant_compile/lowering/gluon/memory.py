@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import PAGE_TOKENS
-from kvquant_compile.lowering.gluon.spec import SERIES_LIMITS, GluonSpec
+from kvquant_compile.lowering.gluon.spec import GluonSpec
+from kvquant_compile.lowering.series import SERIES_LIMITS
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 from kvquant_compile.lowering.gluon.fragments import HALVES, load_shared, reduce_lanes, warp_sync
 from kvquant_compile.lowering.gluon.memory import Constants, Memory
-from kvquant_compile.lowering.gluon.spec import (
-    COLUMN_GROUP,
-    EXPLICIT_EXPONENT,
-    MOST_TERMS,
-    GluonSpec,
-)
+from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec
 from kvquant_compile.lowering.gluon.writer import KernelWriter
+from kvquant_compile.lowering.series import MOST_TERMS
+from kvquant_compile.lowering.turns import EXPLICIT_EXPONENT
 
 _PARTS = [(member, half) for member in range(2) for half in range(2)]
 

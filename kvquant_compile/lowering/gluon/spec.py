@@ -9,18 +9,9 @@ from kvquant_compile.codec.layout import PageLayout, padded
 COLUMN_GROUP = 4
 """Pairs of columns of one matrix product; a query takes one, two or four."""
 
-MOST_TERMS = 2 * COLUMN_GROUP
-
 MOST_NEIGHBOURS = 3
 """Groups of explicit pairs at most whose tokens share rotations, see
 :attr:`GluonSpec.neighbours`."""
-
-EXPLICIT_EXPONENT = 9
-"""Explicitly rotated keys are 2**9 times smaller, their queries larger, to stay normal halves."""
-
-SERIES_LIMITS = {2: 0.05, 4: 0.7, 8: 3.21}
-"""Number of terms -> the largest angle, in radians over half a page, that so many terms of a
-rotation's series reach: to 6e-4, 1.3e-3 and 1.6e-3 at the far ends of a page."""
 
 
 @dataclass(frozen=True)

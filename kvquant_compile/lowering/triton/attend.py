@@ -28,14 +28,16 @@ OWN_STEPS = 16
 
 
 def kernel_spec(layout: PageLayout, constants: Prepared, site: Site, columns: int) -> KernelSpec:
-    """The kernel that an attention site needs for ``columns`` query columns a kv head."""
+    """The kernel that an attention site needs for so many queries a kv head."""
     return KernelSpec(
         layout=layout,
         rotated=constants.rotated,
-        columns=8 if columns <= 8 else 16,
+        explicit=constants.explicit,
+        queries=4 if columns <= 4 else 8,
         softcap=site.softcap != 0,
         window=site.window != 0,
         reorder=constants.query_order.numel() > 0,
+        stretched=constants.stretched,
     )
 
 
@@ -84,30 +86,24 @@ def _attend_pages(
     rep = query_heads // layout.heads
     spec = kernel_spec(layout, constants, site, rep * steps)
     ring = [cache.sinks] if layout.ring else []
-    tiles = -(-rep * steps // spec.columns)
+    tiles = -(-rep * steps // spec.queries)
     splits = split_count(batch * layout.heads * tiles, cache.table.shape[1], query.device)
-    shape = (batch * layout.heads, tiles, splits, spec.columns)
+    shape = (batch * layout.heads, tiles, splits, spec.queries)
     partial = query.new_empty(*shape, layout.value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(shape, dtype=torch.float32)
     history_kernel(spec)[(batch * layout.heads, splits, tiles)](
         query, constants.query_order, slots, history, cache.table, cache.positions,
-        page_addresses(cache.pages), constants.key_words, constants.offset_words,
-        constants.key_bytes, constants.value_bytes, constants.turns, constants.rope_scale,
-        constants.key_factor, constants.gain, constants.offset, partial, partial_lse, *ring,
+        page_addresses(cache.pages), constants.key_words, constants.turn_words,
+        constants.zero_words, constants.query_terms, constants.key_unit, constants.key_bytes,
+        constants.value_bytes, constants.turns, constants.rope_scale, constants.gain,
+        constants.offset, partial, partial_lse, *ring,
         site.scale, site.softcap, site.window, layout.heads, rep, steps, splits,
         query.stride(0), query.stride(1), query.stride(2), cache.table.stride(0),
         cache.positions.stride(0), slots.stride(0), layout.page_bytes,
         EXACT=exact_chunk, SINKS=layout.sink_tokens, STEPS_POW2=_pow2(steps), NATIVE=native(),
-        **launch_options(num_warps=spec.warps, num_stages=1, **_registers(spec)),
+        **launch_options(num_warps=spec.warps, num_stages=1),
     )  # fmt: skip
     return partial, partial_lse
-
-
-def _registers(spec: KernelSpec) -> dict[str, int]:
-    """A register limit that lets three programs share an NVIDIA multiprocessor, where sums and
-    queries of the spec leave room for it."""
-    small = spec.columns == 8 and max(spec.value_channels, 2 * spec.pairs) <= 128
-    return {"maxnreg": 168} if small and native() else {}
 
 
 def _merge(

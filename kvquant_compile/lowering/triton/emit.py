@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from kvquant_compile.codec.fragments import GROUP
 
+ONCE = ', cache_modifier=".cg"'
+"""For what is read once: tables that all pages read stay in the first cache."""
+
 
 class Source:
     """Lines of Python at a current indentation."""
@@ -79,13 +82,13 @@ class CodeWords:
             if apart and self.width == 4:
                 step = f"{32 * self.per_lane} * two[:, None, None]"
                 pointers = f"{base}[None, :, None] + {first} + {step} + flat{self.width}"
-                out(f"{name} = {load_rows(pointers, 32 * self.width)}")
+                out(f"{name} = {load_rows(pointers, 32 * self.width, ONCE)}")
                 continue
             # A narrower load of both chunks would be widened, and lanes get others' words.
             for chunk in range(2 if apart else 1):
                 at = f"{first + chunk * 32 * self.per_lane} + flat{self.width}[None, :]"
                 tail = f"_{chunk}" if apart else ""
-                out(f"{name}{tail} = tl.load({base}[:, None] + {at})")
+                out(f"{name}{tail} = tl.load({base}[:, None] + {at}{ONCE})")
 
     def split(self, out: Source) -> None:
         """Vectors into one variable a word: [W, 32, 2] (chunk last) or [W, 32]."""
@@ -136,13 +139,21 @@ class CodeWords:
         return f"{self.prefix}s{index}"
 
 
-def load_rows(pointers: str, width: int) -> str:
-    """A load [n, W, width] of contiguous rows, one a warp.
+def load_rows(pointers: str, width: int, options: str = "") -> str:
+    """A load [n, W, width] of contiguous rows, one a warp, with more arguments if any.
 
     The hint only breaks a tie: Triton 3.6 would otherwise spread warps over the front. It is
     lost when a device function makes it.
     """
-    return f"tl.load(tl.max_contiguous({pointers}, [1, 2, {width}]))"
+    return f"tl.load(tl.max_contiguous({pointers}, [1, 2, {width}]){options})"
+
+
+def load_token_pairs(out: Source, name: str, base: str) -> None:
+    """``name0`` .. ``name3`` [W, 8], something of each pair of neighbouring tokens of a page in the
+    order of the rows of keys: so few at once that Triton loads them where they are needed, with no
+    moves between lanes."""
+    for n in range(4):
+        out(f"{name}{n} = tl.load({base} + {16 * (n // 2) + n % 2} + 2 * eight[None, :])")
 
 
 def _unpack(out: Source, names: list[str], words: list[str], bits: int) -> None:

@@ -1,11 +1,27 @@
-"""The half of the generated kernel that turns key codes into scores."""
+"""The half of the generated kernel that turns key codes into scores.
+
+With table bytes u, scales s, zeros z and the token scale a, a key is ``s (a (u - bias) + z)``,
+turned by its position. For a page whose middle is at n, and i a token's offset from it, a pair
+scores ``(R(-n) q)' R(i) k``. Two rules, by how far a pair turns within half a page:
+
+* *series* (:mod:`kvquant_compile.lowering.series`): nothing happens to the key. Either term is a
+  column of the query, scales are in the query, bytes enter as 1024 + u; what that adds, and the
+  zeros, is a level a page and column.
+* *explicit* (:mod:`kvquant_compile.lowering.turns`): bytes become turned halves by tables that
+  contain scales and zeros. A lane's two tokens of a tile are neighbours and share a table: the
+  second one meets the other column. Where keys have slots these are added between scaling and
+  turning, and all pairs are explicit.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvquant_compile.lowering.triton.emit import CodeWords, Source, load_rows
-from kvquant_compile.lowering.triton.spec import KernelSpec
+from kvquant_compile.lowering.triton.emit import CodeWords, Source, load_rows, load_token_pairs
+from kvquant_compile.lowering.triton.queries import QueryEmitter
+from kvquant_compile.lowering.triton.spec import KernelSpec, table_row
+from kvquant_compile.lowering.turns import SMALL
+from kvquant_compile.lowering.words import BYTES_AS_1024
 
 
 def half2(number: int) -> str:
@@ -19,150 +35,74 @@ def half2(number: int) -> str:
 
 @dataclass(frozen=True)
 class KeyEmitter:
-    """Writes the query fragments and, per page, ``score{chunk}{tile}`` [W, 16, N]."""
+    """Writes ``score`` [W, 64, Q] of a page, in the row order of keys, times :attr:`unit`."""
 
     spec: KernelSpec
     words: CodeWords
 
     @property
-    def octets(self) -> int:
-        """Groups of eight pairs; two of them share a matrix slice pair, an odd last one a slice."""
-        return self.spec.pairs // 8
-
-    @property
-    def groups(self) -> int:
-        """Groups of sixteen pairs, the last of them perhaps of eight."""
-        return -(-self.octets // 2)
-
-    def _octets_of(self, group: int) -> range:
-        return range(2 * group, min(2 * group + 2, self.octets))
-
-    def _turns(self, group: int) -> bool:
-        return 2 * group < self.spec.rotated
-
-    @property
-    def _blocks(self) -> range:
-        return range(self.spec.columns // 8)
+    def _series(self) -> range:
+        return range(self.spec.explicit, self.spec.groups)
 
     def prologue(self, out: Source) -> None:
-        """Loads the queries as fragment words ``q{member}{octet}_{block}``, each row over its
-        largest magnitude, and the table's words."""
-        out("", "# queries: word (member, octet of pairs, block of 8 columns)")
-        for block in self._blocks:
-            self._load_queries(out, block)
-        peaks = [f"magnitude{b}" for b in self._blocks]
-        joined = f"tl.join({', '.join(peaks)}).permute([1, 0]).reshape([1, N])"
-        out("magnitude = " + (f"{peaks[0]}[None, :]" if len(peaks) == 1 else joined))
-        out("enlarge = tl.load(key_factor + head)", "key_shrink = 1.0 / enlarge")
-        log = "" if self.spec.softcap else " * 1.4426950408889634"
-        out(f"unit = magnitude * (scale * enlarge{log})")
-        out("peak = tl.full([W, N], float('-inf'), tl.float32)")
+        """The table's words, and places of rows."""
+        out(
+            "peak = tl.full([W, Q], float('-inf'), tl.float32)",
+            "row64 = tl.arange(0, 64)",
+            "row_token = row64 // 32 * 32 + row64 % 8 * 4 + row64 // 16 % 2 * 2 + row64 // 8 % 2",
+            "second = (row64 // 8 % 2 == 1)[None, :, None]  # of two neighbours",
+            "away = (row_token - 32).to(tl.float32)[None, :, None] / 32  # in half pages",
+        )
+        if self.spec.layout.spec.key_slots:
+            out(f"key_shrink = {SMALL} / tl.load(key_unit + head)")
         table_words(out, "k", "key", self.spec.layout.spec.key_bits)
-        for group in range(self.groups):
-            if not self._turns(group):  # the same for every page
-                self._right_operands(out, group, "q")
 
-    def _load_queries(self, out: Source, block: int) -> None:
-        """One load [8 columns, channels in pair order], octets rounded up to a power of two, and
-        its split into words."""
-        count = 1 << (self.octets - 1).bit_length()
-        out(
-            f"q_element = tl.arange(0, {16 * count})[None, :]",
-            f"q_octet = q_element // 8 % {count}",
-            f"q_channel = q_element // {8 * count} * {self.spec.pairs} + 8 * q_octet"
-            " + q_element % 8",
-            f"q_known = q_octet < {self.octets}",
-        )
-        if self.spec.reorder:
-            out("q_channel = tl.load(query_order + q_channel, mask=q_known, other=0)")
-        out(
-            f"n = tile * N + {8 * block} + eight[:, None]",
-            "q_rows = query + row * query_batch + (head * rep + n // steps) * query_head"
-            " + (n % steps) * query_step",
-            f"q_known = q_known & (q_channel < {self.spec.layout.key_dim}) & (n < rep * steps)",
-            "q_loaded = tl.load(q_rows + q_channel, mask=q_known, other=0.0).to(tl.float32)",
-            f"magnitude{block} = tl.max(tl.abs(q_loaded), 1)",
-            f"magnitude{block} = tl.where(magnitude{block} > 0, magnitude{block}, 1.0)",
-            f"q_loaded = q_loaded / magnitude{block}[:, None]",
-            f"q_loaded = q_loaded.reshape([8, {2 * count}, 4, 2]).permute([1, 0, 2, 3])",
-            "q_low, q_high = q_loaded.split()",
-            f"q_words = pack_halves(q_low, q_high).reshape([{2 * count}, 1, 32])",
-            f"q_words = tl.broadcast_to(q_words, [{2 * count}, W, 32])",
-        )
-        _split_front(out, "q_words", [f"q{m}{o}_{block}" for m in "ab" for o in range(count)])
-
-    def scores(self, out: Source) -> None:
-        """Unpacks a page's keys and multiplies them with the queries: ``score`` [W, 64, N]."""
+    def scores(self, out: Source, queries: QueryEmitter) -> None:
+        """Unpacks a page's keys and multiplies them with the queries."""
         out("", "# keys")
-        self._turn_queries(out)
         self.words.split(out)
         self.words.unpack(out)
         self._tokens(out)
-        for group in range(self.groups):
-            self._constants(out, group)
+        for group in range(self.spec.explicit):
+            queries.group(out, group)
             self._multiply(out, group)
+            if self.spec.zero_fragments:
+                self._turned_zeros(out, group)
+        if self.spec.explicit:
+            self._finish_explicit(out)
+        for group in self._series:
+            queries.group(out, group)
+        if self._series:
+            self._levels(out)
+        for group in self._series:
+            self._multiply(out, group)
+        self._finish(out)
 
-    def _turn_queries(self, out: Source) -> None:
-        """Right operands of the groups that turn: queries turned back by the page's base."""
-        rotated = min(self.octets, -(-self.spec.rotated // 2) * 2)
-        if rotated:
-            out("origin = (base + page * 64).to(tl.int64)[:, None]")
-        for first in range(0, rotated, 8):
-            j = first // 8
-            out(
-                f"pair = {8 * first} + in_page[None, :] + warp1[:, None] * 0",
-                f"known = pair < {min(8 * rotated, self.spec.pairs)}",
-                "turn = tl.load(turns + pair, mask=known, other=0)",
-                "stretch = tl.load(rope_scale + pair, mask=known, other=1.0)",
-                "cos, sin = circle(((origin * turn) >> 32).to(tl.int32), NATIVE)",
-                "cos0, cos1 = (cos * stretch).reshape([W, 32, 2]).split()",
-                "sin0, sin1 = (sin * stretch).reshape([W, 32, 2]).split()",
-            )
-            out(
-                f"cos_words{j} = pack_halves(cos0, cos1)", f"sin_words{j} = pack_halves(sin0, sin1)"
-            )
-        for octet in range(rotated):
-            which = f"{4 * (octet % 8)} + t + zero2"
-            out(
-                f"cos_base = tl.gather(cos_words{octet // 8}, {which}, 1)",
-                f"sin_base = tl.gather(sin_words{octet // 8}, {which}, 1)",
-            )
-            for block in self._blocks:
-                a, b = (f"{m}{octet}_{block}" for m in "ab")
-                out(f"r{b}, r{a} = rotate2(q{b}, q{a}, cos_base, sin_base, NATIVE)")
-        for group in range(self.groups):
-            if self._turns(group):
-                self._right_operands(out, group, "r")
-
-    def _right_operands(self, out: Source, group: int, prefix: str) -> None:
-        octets = self._octets_of(group)
-        if len(octets) == 2:
-            pairs = {m: [(m, octets[0]), (m, octets[1])] for m in "ab"}
-        else:
-            pairs = {"a": [("a", octets[0]), ("b", octets[0])]}
-        for member, halves in pairs.items():
-            words = [f"{prefix}{m}{o}_{b}" for b in self._blocks for m, o in halves]
-            call = "right_fragment" if len(words) == 2 else "right_fragments"
-            out(f"right_{member}{group} = {call}({', '.join(words)}, W, NATIVE)")
-
-    def _constants(self, out: Source, group: int) -> None:
-        """Scale, centre and zero words of a group of pairs, [W, 32, 1, 1]."""
-        count = 3 if self.spec.layout.spec.key_token_scale else 2
-        out(f"constants = key_words + head * {self.groups * count * 128} + opaque[:, None]")
-        for kind in range(count):
-            first = (group * count + kind) * 128
-            names = [f"c{kind}{m}{k}" for m in "ab" for k in range(2)]
-            out(f"words = tl.load(constants + {first} + flat4[None, :])")
-            out(f"{', '.join(names)} = split4(words, [W, 32])")
-            out(*(f"{name} = {name}[:, :, None, None]" for name in names))
+    def _levels(self, out: Source) -> None:
+        """``level`` [W, 8, N] that products of bytes start from, and under token scales
+        ``resting``, of zeros: rows of one product are twice the former, or both."""
+        for group in self._series:
+            start = "both" if group != self._series[0] else "tl.zeros([W, 16, N], tl.float32)"
+            for i, member in enumerate("ab"[: len(self.spec.octets_of(group))]):
+                at = f"key_words + (head * {self.spec.groups} + {group}) * 384 + {128 * (i + 1)}"
+                out(f"words = tl.load({at} + opaque[:, None] + flat4[None, :])")
+                rows = "level_rows(words, W, NATIVE)"
+                out(f"both = tl.dot({rows}, right_{member}{group}, {start})")
+                start = "both"
+        out("level, resting = both.reshape([W, 2, 8, N]).permute([0, 2, 3, 1]).split()")
 
     def _tokens(self, out: Source) -> None:
-        """Token scales and slots of a lane's tokens, as doubled halves [W, 32, 4, 2]."""
+        """Token scales and slots of a lane's tokens, as doubled halves [W, 32, 4, 2]; where there
+        are no slots token scales are for scores, ``factor`` [W, 64]."""
         layout = self.spec.layout
         at = layout.offsets
-        if layout.spec.key_token_scale:
-            first = at["key_token_scale"][0] // 4
-            out(f"factor = pair_tokens(tl.load(here[:, None] + {first} + lane), g, W)")
+        if self.spec.scaled:
+            first = at["key_token_scale"][0]
+            if self.spec.affine:
+                load_token_pairs(out, "factor", f"here[:, None] + {first // 4}")
+                out("factor = half_rows(factor0, factor1, factor2, factor3, W).to(tl.float32)")
+            else:
+                out(f"factor = pair_tokens(tl.load(here[:, None] + {first // 4} + lane), g, W)")
         for slot in range(layout.spec.key_slots):
             first = at["key_slot_residual"][0] // 4 + 32 * slot
             index = (at["key_slot_index"][0] + 64 * slot) // 4
@@ -177,37 +117,84 @@ class KeyEmitter:
             )
 
     def _multiply(self, out: Source, group: int) -> None:
-        octets = self._octets_of(group)
-        whole = len(octets) == 2
+        octets = self.spec.octets_of(group)
+        explicit, whole = group < self.spec.explicit, len(octets) == 2
         bits, per_tile = self.words.bits, self.spec.pairs // 8
+        high = "0" if explicit else BYTES_AS_1024
         for i, member in enumerate("ab" if whole else "a"):
             index = 2 * group + i
-            low, high = self.words.tiles(index, per_tile + index)
+            low, above = self.words.tiles(index, per_tile + index)
             out(
-                f"f00, f01, f10, f11 = levels({low}, {high},"
-                f" kl0, kl1, kl2, kl3, key_table, {bits}, NATIVE)",
+                f"f00, f01, f10, f11 = key_levels({low}, {above},"
+                f" kl0, kl1, kl2, kl3, key_table, {high}, {bits}, NATIVE)",
                 f"{member}0 = tl.join(f00, f10)",
                 f"{member}1 = tl.join(f01, f11)",
             )
         if not whole:  # one slice: column half 0 is member a, half 1 member b
             out("b0 = a1")
-        for k in range(len(octets)):
-            self._element(out, group, k)
-        if self._turns(group):
-            self._rotate(out, group)
-        score = "score" if group else "tl.zeros([W, 64, N], tl.float32)"
+        if explicit:
+            self._turn(out, group)
+        name, first = ("made", 0) if explicit else ("kept", self.spec.explicit)
+        start = "tl.zeros([W, 64, N], tl.float32)" if explicit else "every_row(level, W, N)"
+        start = name if group != first else start
         if whole:
-            out(f"score = tl.dot(key_rows(a0, a1, W, NATIVE), right_a{group}, {score})")
-            out(f"score = tl.dot(key_rows(b0, b1, W, NATIVE), right_b{group}, score)")
+            out(f"{name} = tl.dot(key_rows(a0, a1, W, NATIVE), right_a{group}, {start})")
+            out(f"{name} = tl.dot(key_rows(b0, b1, W, NATIVE), right_b{group}, {name})")
         else:
-            out(f"score = tl.dot(key_rows(a0, b0, W, NATIVE), right_a{group}, {score})")
+            out(f"{name} = tl.dot(key_rows(a0, b0, W, NATIVE), right_a{group}, {start})")
+
+    def _turn(self, out: Source, group: int) -> None:
+        """Words of bytes to words of turned keys."""
+        halves = range(len(self.spec.octets_of(group)))
+        if self.spec.affine:
+            vectors = [["ca0", "ca1", "sb0", "sb1"], ["sa0", "sa1", "cb0", "cb1"],
+                       ["za0", "za1", "zb0", "zb1"]]  # fmt: skip
+            at = f"turn_words + head * {4 * self.spec.explicit * 384} + opaque"
+            self._load_turns(out, at, group, self.spec.explicit, vectors)
+            for k in halves:
+                out(
+                    f"made_a = fma2(b{k}, sb{k}, za{k}, NATIVE)",
+                    f"made_b = fma2(a{k}, sa{k}, zb{k}, NATIVE)",
+                    f"a{k}, b{k} = fma2(a{k}, ca{k}, made_a, NATIVE),"
+                    f" fma2(b{k}, cb{k}, made_b, NATIVE)",
+                )
+            return
+        out(f"constants = key_words + head * {self.spec.groups * 384} + opaque[:, None]")
+        for kind in range(3 if self.spec.scaled else 2):
+            out(f"words = tl.load(constants + {(3 * group + kind) * 128} + flat4[None, :])")
+            names = [f"c{kind}{m}{k}" for m in "ab" for k in range(2)]
+            out(f"{', '.join(names)} = split4(words, [W, 32])")
+        for k in halves:
+            self._element(out, group, k)
+        if not self.spec.turns(group):
+            return
+        vectors = [["cos0", "cos1", "sin0", "sin1"]]
+        self._load_turns(out, "turn_words + opaque", group, -(-self.spec.rotated // 2), vectors)
+        for k in halves:
+            out(f"a{k}, b{k} = rotate2(a{k}, b{k}, cos{k}, sin{k}, NATIVE)")
+
+    def _load_turns(
+        self, out: Source, base: str, group: int, groups: int, vectors: list[list[str]]
+    ) -> None:
+        """Words of a group's table, [W, 32, 4, 1] by lane and tile."""
+        size = 128 * len(vectors)
+        out(f"turn_table = ({base})[None, :, None]",
+            f"tiles = (four * {groups * size} + {group * size})[:, None, None]")  # fmt: skip
+        for i, names in enumerate(vectors):
+            pointers = f"turn_table + {128 * i} + tiles + flat4"
+            out(
+                f"turned = {load_rows(pointers, 128)}.reshape([4, W, 32, 4]).permute([1, 2, 0, 3])",
+                f"{', '.join(names)} = split4(turned, [W, 32, 4])",
+                *(f"{name} = {name}[:, :, :, None]" for name in names),
+            )
 
     def _element(self, out: Source, group: int, k: int) -> None:
         """Scale, zero, token scale and slots of a word of each member."""
         spec = self.spec.layout.spec
-        octet = self._octets_of(group)[k]
+        octet = self.spec.octets_of(group)[k]
         for m in range(2):
-            word = const = f"{'ab'[m]}{k}"
+            word, wide = f"{'ab'[m]}{k}", "[:, :, None, None]"
+            const = f"{'ab'[m]}{k}{wide}"
             out(f"{word} = fma2({word}, c0{const}, c1{const}, NATIVE)")
             if spec.key_token_scale:
                 out(f"{word} = fma2({word}, factor, c2{const}, NATIVE)")
@@ -216,34 +203,62 @@ class KeyEmitter:
                 hit = f"equal2(channel{slot}, channel{slot} * 0 + {channel}, NATIVE)"
                 out(f"{word} = fma2({hit}, residual{slot}, {word}, NATIVE)")
 
-    def _rotate(self, out: Source, group: int) -> None:
-        groups = -(-self.spec.rotated // 2)
-        tiles = f"(eight // 2 * {groups * 256} + eight % 2 * 128)[:, None, None]"
+    def _turned_zeros(self, out: Source, group: int) -> None:
+        """``zeros`` [W, 32, N]: products with what zeros of explicit pairs are, turned. Row
+        16 chunk + 8 tile + g; neighbours have columns of their own."""
+        start = "zeros" if group else "tl.zeros([W, 32, N], tl.float32)"
+        whole = len(self.spec.octets_of(group)) == 2
+        for i, member in enumerate("ab"):
+            at = (f"zero_words + head * {4 * self.spec.explicit * 128}"
+                  f" + {(2 * group + i) * 128} + opaque")  # fmt: skip
+            chunks = f"(two * {self.spec.explicit * 256})[:, None, None]"
+            out(
+                f"words = {load_rows(f'({at})[None, :, None] + {chunks} + flat4', 128)}",
+                "words = words.reshape([2, W, 32, 4]).permute([1, 2, 0, 3])",
+                "x0, x1, y0, y1 = split4(words, [W, 32, 2])  # by half and tile",
+                f"z{member}0, z{member}1 = tl.join(x0, x1), tl.join(y0, y1)",
+            )
+        products = [("za0", "za1", "a"), ("zb0", "zb1", "b")] if whole else [("za0", "zb0", "a")]
+        for low, high, member in products:
+            rows = f"zero_rows({low}, {high}, W, NATIVE)"
+            out(f"zeros = tl.dot({rows}, right_{member}{group}, {start})")
+            start = "zeros"
+
+    def _finish_explicit(self, out: Source) -> None:
+        """``score`` of explicit pairs: neighbours have columns of their own."""
         out(
-            "offset_table = (offset_words + opaque)[None, :, None]",
-            f"turned = {load_rows(f'offset_table + {group * 256} + {tiles} + flat4', 128)}",
-            "turned = turned.reshape([8, W, 32, 4]).permute([1, 2, 0, 3])",
-            "cos0, cos1, sin0, sin1 = split4(turned, [W, 32, 4, 2])",
+            "here0, here1 = made.reshape([W, 64, Q, 2]).split()",
+            "score = tl.where(second, here1, here0)",
         )
-        for k in range(len(self._octets_of(group))):
-            out(f"a{k}, b{k} = rotate2(a{k}, b{k}, cos{k}, sin{k}, NATIVE)")
+
+    def _finish(self, out: Source) -> None:
+        """Scores from products: by offset of a series' two terms."""
+        terms = ["score"] if self.spec.explicit else []
+        if self._series:
+            out("even, odd = kept.reshape([W, 64, Q, 2]).split()")
+            terms.append("(even + away * odd)")
+        out(f"score = {' + '.join(terms)}")
+        if not (self.spec.scaled and self.spec.affine):
+            return
+        out("score *= factor[:, :, None]")
+        if self.spec.zero_fragments:
+            out(
+                "zeros = zeros.reshape([W, 2, 2, 8, Q, 2]).permute([0, 1, 2, 5, 3, 4])",
+                "score += zeros.reshape([W, 64, Q])",
+            )
+        if self._series:
+            out(
+                "even, odd = resting.reshape([W, 8, Q, 2]).split()",
+                "score += every_row(even, W, Q) + away * every_row(odd, W, Q)",
+            )
 
 
 def table_words(out: Source, prefix: str, kind: str, bits: int) -> None:
-    """The head's table: a pointer, and up to 4 bits its words on every lane."""
-    row = max(2**bits, 16)
+    """The head's table: a pointer, and up to 4 bits its words on every lane. Lanes read copies of
+    it, lest words come to lie in uniform registers, which byte permutes cannot read."""
+    row = table_row(bits)
     out(f"{kind}_table = {kind}_bytes + head * {row}")
     out(f"{kind}_table_words = {kind}_table.to(tl.pointer_type(tl.int32))")
     for i in range(4):
-        out(f"{prefix}l{i} = (tl.load({kind}_table_words + {i}) + zero2)[:, :, None]")
-
-
-def _split_front(out: Source, name: str, targets: list[str]) -> None:
-    """A tensor [n, W, 32], n a power of two, as n variables [W, 32]."""
-    if len(targets) == 1:
-        out(f"{targets[0]} = {name}.reshape([W, 32])")
-        return
-    half = len(targets) // 2
-    out(f"{name}0, {name}1 = {name}.reshape([2, {half}, W, 32]).permute([1, 2, 3, 0]).split()")
-    _split_front(out, f"{name}0", targets[:half])
-    _split_front(out, f"{name}1", targets[half:])
+        word = f"tl.load({kind}_table_words + 4 * t + {i})" if bits <= 4 else "0"
+        out(f"{prefix}l{i} = ({word} + zero2)[:, :, None]")

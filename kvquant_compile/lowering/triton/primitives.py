@@ -8,19 +8,53 @@ interpreter and for other devices.
 # mypy: ignore-errors
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-SPLIT_ASM = tl.constexpr("""{ .reg .b32 x, y, z; mov.b32 z, 0;
-prmt.b32 x, $5, $6, $4; shr.u32 y, $4, 16; prmt.b32 y, $5, $6, y;
-prmt.b32 $0, x, z, 0x4140; prmt.b32 $1, x, z, 0x4342;
-prmt.b32 $2, y, z, 0x4140; prmt.b32 $3, y, z, 0x4342; }""")
-SPLIT16_ASM = tl.constexpr("""{ .reg .b32 x, y, z, s, t; mov.b32 z, 0;
-xor.b32 t, $4, 0x88888888; shr.u32 y, $4, 16; shr.u32 s, t, 16;
-prmt.b32 x, $5, $6, $4; prmt.b32 t, $7, $8, t; or.b32 x, x, t;
-prmt.b32 y, $5, $6, y; prmt.b32 s, $7, $8, s; or.b32 y, y, s;
-prmt.b32 $0, x, z, 0x4140; prmt.b32 $1, x, z, 0x4342;
-prmt.b32 $2, y, z, 0x4140; prmt.b32 $3, y, z, 0x4342; }""")
+from kvquant_compile.lowering.words import BYTES_AS_1024
+
+
+def _looked_up(outputs: int, wide: bool) -> str:
+    """PTX: table bytes ``x``, ``y`` of a selector's halves. Operands behind the outputs: the
+    selector, and two or four words of a table.
+
+    The upper half comes down by a product with one, which spares the busiest pipe a shift: exact,
+    as nibbles up to 7 are no NaN. Sixteen entries are two tables: a permute gives 0 for nibbles of
+    the other one, because its sign mode spreads the top bit of entries below 128.
+    """
+    s, t0, t1, t2, t3 = (f"${outputs + i}" for i in range(5))
+    if not wide:
+        return (
+            ".reg .b32 x, y, one; .reg .b16 lo, hi; mov.b32 one, 0x3C003C00;\n"
+            f"prmt.b32 x, {t0}, {t1}, {s}; mov.b32 {{lo, hi}}, {s}; mov.b32 y, {{hi, hi}};\n"
+            f"mul.rn.f16x2 y, y, one; prmt.b32 y, {t0}, {t1}, y;\n"
+        )
+    return (
+        ".reg .b32 x, y, s, t;\n"
+        f"xor.b32 t, {s}, 0x88888888; shr.u32 y, {s}, 16; shr.u32 s, t, 16;\n"
+        f"prmt.b32 x, {t0}, {t1}, {s}; prmt.b32 t, {t2}, {t3}, t; or.b32 x, x, t;\n"
+        f"prmt.b32 y, {t0}, {t1}, y; prmt.b32 s, {t2}, {t3}, s; or.b32 y, y, s;\n"
+    )
+
+
+def _key_asm(wide: bool, high: int) -> Any:
+    """PTX: a selector to four words of bytes with ``high`` above them."""
+    text = _looked_up(4, wide) + "".join(
+        f"prmt.b32 ${i}, {'xxyy'[i]}, {high}, {('0x4140', '0x4342')[i % 2]};\n" for i in range(4)
+    )
+    return tl.constexpr(f"{{ {text} }}")
+
+
+def _value_asm(wide: bool) -> Any:
+    """PTX: a selector to two words of bytes."""
+    return tl.constexpr(f"{{ {_looked_up(2, wide)} mov.b32 $0, x; mov.b32 $1, y; }}")
+
+
+KEY_ASM, KEY16_ASM = _key_asm(False, 0), _key_asm(True, 0)
+KEY_1024_ASM, KEY16_1024_ASM = _key_asm(False, BYTES_AS_1024), _key_asm(True, BYTES_AS_1024)
+VALUE_ASM, VALUE16_ASM = _value_asm(False), _value_asm(True)
 ROTATE_ASM = tl.constexpr("""{ .reg .b32 t;
 mul.rn.f16x2 t, $3, $5; neg.f16x2 t, t; fma.rn.f16x2 $0, $2, $4, t;
 mul.rn.f16x2 t, $2, $5; fma.rn.f16x2 $1, $3, $4, t; }""")
@@ -103,7 +137,7 @@ def rotate2(a, b, cos, sin, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _looked_up(low, high, table, SHIFT: tl.constexpr, WIDE: tl.constexpr):
+def _entries(low, high, table, SHIFT: tl.constexpr, WIDE: tl.constexpr):
     """Four table bytes of the codes in one half of a selector."""
     out = low * 0
     for j in tl.static_range(4):
@@ -115,36 +149,61 @@ def _looked_up(low, high, table, SHIFT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _spread(x):
-    """Four bytes -> two words of subnormal halves, byte * 2**-24 each."""
-    return (x & 0xFF) | ((x & 0xFF00) << 8), ((x >> 16) & 0xFF) | ((x >> 24) & 0xFF) << 16
+def _spread(x, ABOVE: tl.constexpr):
+    """Four bytes -> two words of halves, with a byte above each."""
+    above = (ABOVE & 0xFF) * 0x1000100
+    return (x & 0xFF) | ((x & 0xFF00) << 8) | above, (
+        ((x >> 16) & 0xFF) | ((x >> 24) & 0xFF) << 16 | above
+    )
 
 
 @triton.jit
-def levels(low, high, l0, l1, l2, l3, table, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Table entries of a selector's eight codes, as halves of entry * 2**-24.
+def key_levels(
+    low, high, l0, l1, l2, l3, table, ABOVE: tl.constexpr, BITS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Table entries of a selector's eight codes as halves: u * 2**-24, or 1024 + u.
 
     Args:
         low, high: the selector's low nibbles, and its high ones above 4 bits.
         l0, l1, l2, l3: the table, four bytes a word (up to 4 bits).
         table: pointer to the table, uint8.
+        ABOVE: bytes above the table's: 0, or those of 1024.
 
     Returns:
         words (r=0, kh=0), (r=0, kh=1), (r=1, kh=0), (r=1, kh=1).
     """
     if NATIVE and BITS <= 3:
+        ASM: tl.constexpr = KEY_ASM if ABOVE == 0 else KEY_1024_ASM
         return tl.inline_asm_elementwise(
-            SPLIT_ASM, "=&r,=&r,=&r,=&r,r,r,r", [low, l0, l1],
+            ASM, "=&r,=&r,=&r,=&r,r,r,r", [low, l0, l1],
             (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     if NATIVE and BITS == 4:
+        ASM16: tl.constexpr = KEY16_ASM if ABOVE == 0 else KEY16_1024_ASM
         return tl.inline_asm_elementwise(
-            SPLIT16_ASM, "=&r,=&r,=&r,=&r,r,r,r,r,r", [low, l0, l1, l2, l3],
+            ASM16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [low, l0, l1, l2, l3],
             (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-    a, b = _spread(_looked_up(low, high, table, 0, BITS > 4))
-    c, d = _spread(_looked_up(low, high, table, 16, BITS > 4))
+    a, b = _spread(_entries(low, high, table, 0, BITS > 4), ABOVE)
+    c, d = _spread(_entries(low, high, table, 16, BITS > 4), ABOVE)
     return a, b, c, d
+
+
+@triton.jit
+def value_levels(low, high, l0, l1, l2, l3, table, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """Table entries of a selector's eight codes as signed bytes, of r = 0 and r = 1; see
+    :func:`key_levels`."""
+    if NATIVE and BITS <= 3:
+        return tl.inline_asm_elementwise(
+            VALUE_ASM, "=&r,=&r,r,r,r", [low, l0, l1], (tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    if NATIVE and BITS == 4:
+        return tl.inline_asm_elementwise(
+            VALUE16_ASM, "=&r,=&r,r,r,r,r,r", [low, l0, l1, l2, l3], (tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    return _entries(low, high, table, 0, BITS > 4), _entries(low, high, table, 16, BITS > 4)
 
 
 @triton.jit
@@ -181,12 +240,34 @@ def joined2(a, b, W: tl.constexpr):
 
 
 @triton.jit
+def mul2(a, b, NATIVE: tl.constexpr):
+    """``a * b`` of halves."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
+        )
+    low = lower_half(a).to(tl.float32) * lower_half(b).to(tl.float32)
+    high = upper_half(a).to(tl.float32) * upper_half(b).to(tl.float32)
+    return pack_halves(low, high)
+
+
+@triton.jit
 def operand(x, NATIVE: tl.constexpr):
     """A matrix operand as it is. Triton guesses an operand's layout from what it was joined
     from; an opaque move makes it take the plain fragment order, which ours is already in."""
     if NATIVE:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], tl.float16, is_pure=False, pack=2
+        )
+    return x
+
+
+@triton.jit
+def byte_operand(x, NATIVE: tl.constexpr):
+    """The same for bytes."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], tl.int8, is_pure=False, pack=4
         )
     return x
 
@@ -205,8 +286,58 @@ def key_rows(k0, k1, W: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def level_rows(words, W: tl.constexpr, NATIVE: tl.constexpr):
+    """A left operand [W, 16, 16] of two kinds of rows: row ``8 r + g``, from a lane's words
+    (kh, r), alike for all g, [W, 128]."""
+    x = halves(words.reshape([W, 8, 4, 2, 2])).permute([0, 4, 1, 3, 2, 5])
+    return operand(x.reshape([W, 16, 16]), NATIVE)
+
+
+@triton.jit
+def zero_rows(k0, k1, W: tl.constexpr, NATIVE: tl.constexpr):
+    """A left operand [W, 32, 16] from words [W, 32, chunk, tile] of either half of the columns:
+    row ``16 chunk + 8 tile + g``."""
+    x = halves(tl.join(k0, k1)).reshape([W, 8, 4, 2, 2, 2, 2])
+    return operand(x.permute([0, 3, 4, 1, 5, 2, 6]).reshape([W, 32, 16]), NATIVE)
+
+
+@triton.jit
+def every_row(x, W: tl.constexpr, N: tl.constexpr):
+    """Something of every column [W, 8, N], alike in all rows, for 64 rows."""
+    x = tl.broadcast_to(x.reshape([W, 1, 8, N]), [W, 8, 8, N])
+    return x.reshape([W, 64, N])
+
+
+@triton.jit
+def byte_rows(r0, r1, W: tl.constexpr, NATIVE: tl.constexpr):
+    """The left operand [W, 16, 64] of sixteen value channels, signed bytes of words [W, 32, 4].
+
+    Row ``8 r + g``; column ``16 n + 4 t + 2 ih + il`` is token ``8 t + 4 ih + 2 tile + il``.
+    """
+    x = tl.join(r0, r1)
+    b0, b1, b2, b3 = (
+        x.to(tl.int8),
+        (x >> 8).to(tl.int8),
+        (x >> 16).to(tl.int8),
+        (x >> 24).to(tl.int8),
+    )
+    x = tl.join(tl.join(b0, b2), tl.join(b1, b3)).reshape([W, 8, 4, 4, 2, 4])
+    x = x.permute([0, 4, 1, 3, 2, 5]).reshape([W, 16, 64])
+    return byte_operand(x, NATIVE)
+
+
+@triton.jit
+def byte_weights(n, W: tl.constexpr, Q: tl.constexpr, NATIVE: tl.constexpr):
+    """Weights int32 [W, 64, Q], -128 to 32639, in the row order of keys as two signed bytes, upper
+    and lower, of the right operand of values: int8 [W, 64, 2 Q]."""
+    x = tl.join(((n + 128) >> 8).to(tl.int8), n.to(tl.int8))
+    x = x.reshape([W, 4, 2, 4, 2, 2 * Q]).permute([0, 1, 3, 4, 2, 5])
+    return byte_operand(x.reshape([W, 64, 2 * Q]), NATIVE)
+
+
+@triton.jit
 def value_rows(r0k0, r0k1, r1k0, r1k1, W: tl.constexpr, NATIVE: tl.constexpr):
-    """The left operand [W, 16, 64] of sixteen value channels, words [W, 32, 4].
+    """The left operand [W, 16, 64] of sixteen value channels in halves, words [W, 32, 4].
 
     Row ``8 r + g``; column ``16 n + 8 ih + 2 t + il`` is token ``8 t + 4 ih + 2 tile + il``.
     """
@@ -231,16 +362,56 @@ def right_fragments(k0, k1, j0, j1, W: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def weights_fragment(p, W: tl.constexpr, N: tl.constexpr):
-    """Weights [W, 64, N] in the row order of keys as the right operand of values."""
-    x = p.reshape([W, 4, 2, 4, 2, N]).permute([0, 1, 4, 3, 2, 5])
-    return x.reshape([W, 64, N])
+def weights_fragment(p, W: tl.constexpr, Q: tl.constexpr):
+    """Weights [W, 64, Q] in the row order of keys as the right operand of :func:`value_rows`, every
+    second column zero."""
+    x = tl.join(p, p * 0).reshape([W, 4, 2, 4, 2, 2 * Q]).permute([0, 1, 4, 3, 2, 5])
+    return x.reshape([W, 64, 2 * Q])
+
+
+@triton.jit
+def seen_bits(seen, W: tl.constexpr):
+    """A bit for each of 64 tokens [W, 64], 32 a word: int32 [W, 2]."""
+    place = tl.arange(0, 64)[None, :] % 32
+    return tl.sum((seen.to(tl.int32) << place).reshape([W, 2, 32]), 2)
+
+
+@triton.jit
+def first_bits(count):
+    """A word whose lowest ``count`` bits are set; none below 0, all from 32 on."""
+    return tl.where(count >= 32, -1, (1 << tl.maximum(count, 0)) - 1)
 
 
 @triton.jit
 def row_order(x, W: tl.constexpr):
     """Something of every token of a page [W, 64] in the row order of :func:`key_rows`."""
     return x.reshape([W, 2, 8, 2, 2]).permute([0, 1, 3, 4, 2]).reshape([W, 64])
+
+
+@triton.jit
+def pair_rows(x0, x1, x2, x3, W: tl.constexpr):
+    """Something of two neighbours (the last axis) of four tiles [W, 8, 2] in the row order of keys:
+    [W, 64]."""
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # g, r, chunk, tile
+    return x.permute([0, 3, 4, 2, 1]).reshape([W, 64])
+
+
+@triton.jit
+def half_rows(x0, x1, x2, x3, W: tl.constexpr):
+    """The halves of words [W, 8] of four tiles in the row order of keys."""
+    return pair_rows(halves(x0), halves(x1), halves(x2), halves(x3), W)
+
+
+@triton.jit
+def _two_words(x):
+    """int64 [...] -> int32 [..., 2]."""
+    return tl.join(x.to(tl.int32), (x >> 32).to(tl.int32))
+
+
+@triton.jit
+def word_rows(x0, x1, x2, x3, W: tl.constexpr):
+    """The words of int64 [W, 8] of four tiles in the row order of keys."""
+    return pair_rows(_two_words(x0), _two_words(x1), _two_words(x2), _two_words(x3), W)
 
 
 @triton.jit
@@ -278,6 +449,16 @@ def value_tokens(words, t, first, W: tl.constexpr):
     odd = ((x >> 8 & 255) - first[:, :, None, None]).to(tl.float32)
     words = pack_halves(even, odd).reshape([W, 32, 2, 2, 2]).permute([0, 1, 2, 4, 3])
     return words.reshape([W, 32, 4, 2])
+
+
+@triton.jit
+def logarithm(x, NATIVE: tl.constexpr):
+    """To base 2, to within 2**-21 or so; what Triton calls is a polynomial on NVIDIA's GPUs."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Tables of the keys that are rotated token by token, in the words that :mod:`.explicit` reads."""
+"""Tables that keys are rotated by, token by token, in the words that kernels read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant_compile.lowering.gluon.spec import EXPLICIT_EXPONENT, GluonSpec
-from kvquant_compile.lowering.triton.prepared import half_words
-from kvquant_compile.lowering.triton.spec import table_bias
+from kvquant_compile.lowering.words import SUBNORMAL, half_words
 
-SUBNORMAL = 2.0**-24
-"""A byte 1 as half a word with nothing above it."""
+EXPLICIT_EXPONENT = 9
+"""Explicitly rotated keys are 2**9 times smaller, their queries larger, to stay normal halves."""
 
 SMALL = 2.0**-EXPLICIT_EXPONENT
 """What turned keys are smaller by."""
@@ -35,83 +33,88 @@ def pair_scale(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Turns:
-    """Cosines and sines of the tokens' offsets from the middle of their page.
+    """Cosines and sines of the tokens' offsets from the middle of their page, and what they make of
+    scales and zeros (float64 [H, 2 P]; scales over the head's unit, zeros in steps of the scale).
 
     Attributes:
         cos, sin: float64 [chunk, tile, explicit groups, 32 lanes, 2 halves, R, 2 low]: R is 1 where
             a lane's two tokens share them.
     """
 
-    spec: GluonSpec
     cos: Tensor
     sin: Tensor
 
     @staticmethod
-    def make(spec: GluonSpec, frequencies: Tensor) -> Turns:
-        """From float64 [P], radians a position."""
+    def make(frequencies: Tensor, groups: int, *, neighbours: bool) -> Turns:
+        """Of the first groups of sixteen pairs, from float64 [P], radians a position."""
         chunk, tile, lane, r = torch.meshgrid(
             torch.arange(2), torch.arange(2), torch.arange(32),
-            torch.arange(1 if spec.neighbours else 2), indexing="ij",
+            torch.arange(1 if neighbours else 2), indexing="ij",
         )  # fmt: skip
         offset = 32 * chunk + 4 * (lane // 4) + 2 * tile + r - 32
-        angle = offset[:, :, None, :, None, :, None] * frequencies[_pairs(spec)]
-        return Turns(spec, angle.cos(), angle.sin())
+        angle = offset[:, :, None, :, None, :, None] * frequencies[_lane_pairs(groups)]
+        return Turns(angle.cos(), angle.sin())
 
-    def words(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The rotation section.
+    @property
+    def neighbours(self) -> bool:
+        """Whether a lane's two tokens share rotations."""
+        return self.cos.shape[5] == 1
+
+    def circle(self) -> Tensor:
+        """int32 [chunk, tile, group, (cosine, sine), lane, 2 R]."""
+        both = torch.stack([half_words(*x.unbind(-1)) for x in (self.cos, self.sin)], 3)
+        return both.flatten(-2)
+
+    def affine(self, scale: Tensor, zero: Tensor, bias: int) -> Tensor:
+        """Factors A, B and constants C, D that turn bytes u, v into a turned pair, over a power of
+        two of the pair: ``u A cos - v B sin + C``, ``u A sin + v B cos + D``. Of neighbours.
 
         Args:
-            scale: float64 [H, 2 P], over the head's unit.
-            zero: float64 [H, 2 P], in steps of the scale.
+            bias: what a byte is larger by than what it means.
 
         Returns:
-            int32 [H, chunk, tile, group, vector, lane, 4].
+            int32 [H, chunk, tile, group, 3, lane, 4]: vectors A cos, -B sin; A sin, B cos; C, D.
         """
-        if self.spec.neighbours:
-            return self._affine(scale, zero)
-        both = torch.stack([half_words(*x.unbind(-1)) for x in (self.cos, self.sin)], 3)
-        return both.flatten(-2).expand(scale.shape[0], *both.shape[:-2], 4)
-
-    def _affine(self, scale: Tensor, zero: Tensor) -> Tensor:
         over = pair_scale(scale).repeat(1, 2)
         a, b = (x * SMALL / SUBNORMAL for x in self._members(scale / over))
         same_a, cross_b = _halves(a * self.cos), _halves(-b * self.sin)
         cross_a, same_b = _halves(a * self.sin), _halves(b * self.cos)
-        bias = table_bias(self.spec.layout.spec.key_bits) * SUBNORMAL
-        meant = self._turned(0 * scale if self.spec.scaled else scale * zero / over)
-        c = meant[0] - bias * (same_a + cross_b)
-        d = meant[1] - bias * (cross_a + same_b)
+        meant = self._turned(scale * zero / over)
+        c = meant[0] - bias * SUBNORMAL * (same_a + cross_b)
+        d = meant[1] - bias * SUBNORMAL * (cross_a + same_b)
         factors = torch.stack([same_a, cross_b, cross_a, same_b, c, d], 4)
         words = half_words(*factors.squeeze(-2).unbind(-1)).unflatten(4, (3, 2))
         return words.transpose(-3, -2).flatten(-2)  # head, .., vector, lane, (factor, half)
 
     def zeros(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The zeros section, fragments of ``R(i) zero``: int32 [H, ...]."""
-        if self.spec.neighbours:
+        """Fragments of turned zeros: int32 [H, chunk, tile, group, member, lane, 4], or of
+        neighbours, where the rows of a product are two tiles', [H, chunk, group, member, lane, 4].
+        """
+        if self.neighbours:
             zero = zero / pair_scale(scale).repeat(1, 2)
         words = [half_words(*x.unbind(-1)) for x in self._turned(scale * zero)]
         both = torch.stack(words, 4)  # head, chunk, tile, group, member, lane, half, R
-        if self.spec.neighbours:  # rows of a product are two tiles'
+        if self.neighbours:
             both = both.squeeze(-1).movedim(2, -1)
         return both.flatten(-2)
 
     def _turned(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Both members of ``R(i) key``, as small as turned keys are."""
+        """Both members of the turned key, as small as turned keys are."""
         a, b = (x * SMALL for x in self._members(key))
         return a * self.cos - b * self.sin, a * self.sin + b * self.cos
 
     def _members(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of float64 [H, 2 P], by the places of a table."""
-        pair = _pairs(self.spec)
-        a, b = (x[:, member * self.spec.pairs + pair][:, None, None] for member in range(2))
+        pair = _lane_pairs(self.cos.shape[2])
+        a, b = (x[:, member * (x.shape[1] // 2) + pair][:, None, None] for member in range(2))
         return a, b
 
 
-def _pairs(spec: GluonSpec) -> Tensor:
-    """int64 [explicit groups, 32 lanes, 2 halves, 1, 2 low]."""
-    return fragment_pairs(spec.explicit)[:, torch.arange(32) % 4][:, :, :, None]
+def _lane_pairs(groups: int) -> Tensor:
+    """int64 [groups, 32 lanes, 2 halves, 1, 2 low]."""
+    return fragment_pairs(groups)[:, torch.arange(32) % 4][:, :, :, None]
 
 
 def _halves(x: Tensor) -> Tensor:
-    """As the kernel has them."""
+    """As kernels have them."""
     return x.half().double()
