@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvquant_compile.lowering.words import SUBNORMAL, half_words
+from kvquant_compile.lowering.half_words import SUBNORMAL, half_words
 
 EXPLICIT_EXPONENT = 9
 """Explicitly rotated keys are 2**9 times smaller, their queries larger, to stay normal halves."""

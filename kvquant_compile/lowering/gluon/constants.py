@@ -14,15 +14,15 @@ from kvquant_compile.lowering.gluon.memory import Constants
 from kvquant_compile.lowering.gluon.slots import HEADROOM
 from kvquant_compile.lowering.gluon.spec import COLUMN_GROUP, GluonSpec
 from kvquant_compile.lowering.gluon.visibility import TOKENS
+from kvquant_compile.lowering.half_words import BYTES_FROM, SUBNORMAL, half_words
 from kvquant_compile.lowering.series import (
     MOST_TERMS,
     column_coefficients,
     explicit_groups,
     series_coefficients,
 )
-from kvquant_compile.lowering.triton.spec import table_bias
+from kvquant_compile.lowering.triton.spec import table_bias, value_bias
 from kvquant_compile.lowering.turns import SMALL, Turns, fragment_pairs, pair_scale
-from kvquant_compile.lowering.words import BYTES_FROM, SUBNORMAL, half_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +116,8 @@ def _sections(
     out.append(_scale_words(spec, scale, zero))
     bits = (spec.layout.spec.key_bits, spec.layout.spec.value_bits)
     out += [
-        _table_bytes(host.key_table, bits[0], signed=False),
-        _table_bytes(host.value_table, bits[1], signed=True),
+        _table_bytes(host.key_table, table_bias(bits[0])),
+        _table_bytes(host.value_table, value_bias(bits[1])),
     ]
     if spec.terms > 2:
         out.append(_polynomials(spec).expand(heads, -1))
@@ -139,9 +139,8 @@ def _width(x: Tensor, width: int, value: float) -> Tensor:
     return torch.nn.functional.pad(x.double(), (0, width - x.shape[-1]), value=value)
 
 
-def _table_bytes(table: Tensor, bits: int, *, signed: bool) -> Tensor:
-    """Sixteen bytes a head, four times: entries plus their bias; values of up to 3 bits signed."""
-    bias = 0 if signed and bits < 4 else table_bias(bits)
+def _table_bytes(table: Tensor, bias: int) -> Tensor:
+    """Sixteen bytes a head, four times: entries plus their bias."""
     data = (table.to(torch.int32) + bias).to(torch.uint8)
     return torch.nn.functional.pad(data, (0, 16 - data.shape[1])).repeat(1, 4).view(torch.int32)
 

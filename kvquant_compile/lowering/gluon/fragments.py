@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvquant_compile.codec.fragments import GROUP
 from kvquant_compile.lowering.gluon.writer import KernelWriter, listed, registers
-from kvquant_compile.lowering.words import BYTES_AS_1024
+from kvquant_compile.lowering.half_words import BYTES_AS_1024
 
 HALVES = "cvt.rn.f16x2.f32 $0, $2, $1;"
 """Two floats as halves of one word."""

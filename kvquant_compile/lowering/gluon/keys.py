@@ -6,13 +6,11 @@ score of a pair is ``(R(-n) q)' R(i) k``. Two rules, by how far a pair turns wit
 
 * *explicit*: the bytes become halves, scaled, and are turned by a table of offsets
   (:mod:`.explicit`);
-* *series*: with i in half pages, -1..1, and x the pair's angle over half a page, Jacobi and Anger's
-  ``cos(i x) = J0(x) - 2 J2(x) T2(i) + ..``, ``sin(i x) = 2 J1(x) T1(i) - 2 J3(x) T3(i) + ..`` (T
-  Chebyshev's polynomials, J Bessel's functions). Nothing happens to the key then: every term is a
-  matrix column of the query, and polynomials multiply sums. Scales go into the query
-  (:mod:`.levels`); bytes enter as 1024 + u, and what that adds, as well as the zeros, is a constant
-  per page and term. Two terms a query are free where it has two columns anyway; a lone query has
-  eight.
+* *series* (:mod:`kvquant_compile.lowering.series`): nothing happens to the key. Every term is a
+  matrix column of the query, and polynomials of the token's offset multiply sums. Scales go into
+  the query (:mod:`.levels`); bytes enter as 1024 + u, and what that adds, as well as the zeros, is
+  a constant per page and term. Two terms a query are free where it has two columns anyway; a lone
+  query has eight.
 """
 
 from __future__ import annotations

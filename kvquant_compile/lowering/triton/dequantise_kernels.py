@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvquant_compile.lowering.triton.primitives import circle
 from kvquant_compile.lowering.triton.ring import exact_base, exact_line, exact_slots
+from kvquant_compile.lowering.triton.words import circle
 
 
 @triton.jit

@@ -43,7 +43,8 @@ def history_source(spec: KernelSpec) -> str:
     out = Source()
     out(f'"""Generated: attention over {spec.layout} pages; {spec.name}."""')
     out("import triton", "import triton.language as tl", "")
-    out("from kvquant_compile.lowering.triton.primitives import *  # noqa: F403")
+    for module in ("levels", "operands", "tokens", "words"):
+        out(f"from kvquant_compile.lowering.triton.{module} import *  # noqa: F403")
     if spec.layout.ring:
         out("from kvquant_compile.lowering.triton.ring import ring_state")
     out("", "")
@@ -78,16 +79,16 @@ def _write_body(out: Source, spec: KernelSpec) -> None:
     out("more = 1")
     with out.block("while more > 0:"):
         out("left = tl.full([W, 64], FAR, tl.int32)", "page = first + warp1")
-        _write_id(out, "page_id", 0)
+        _write_id(out, 0)
         _write_address(out, "here")
         keys.words.load(out, "here")
         _write_positions(out, 0)
         _write_seen(out, spec, 0)
         queries.angles(out)
         _write_positions(out, 1)
-        _write_id(out, "page_id", 1)
+        _write_id(out, 1)
         _write_address(out, "upcoming")
-        _write_id(out, "page_id", 2)
+        _write_id(out, 2)
         with out.block("for start in tl.range(first, end, W, num_stages=1):"):
             _write_iteration(out, spec, queries, keys, values)
         if spec.rotated:
@@ -157,9 +158,9 @@ def _write_range(out: Source, spec: KernelSpec) -> None:
     )
 
 
-def _write_id(out: Source, name: str, ahead: int) -> None:
-    """``name`` [W]: ids of the pages so many turns of the loop ahead of ``page``."""
-    out(f"{name} = tl.load(table + row * table_row + tl.minimum(page + {ahead} * W, last))")
+def _write_id(out: Source, ahead: int) -> None:
+    """``page_id`` [W]: ids of the pages so many turns of the loop ahead of ``page``."""
+    out(f"page_id = tl.load(table + row * table_row + tl.minimum(page + {ahead} * W, last))")
 
 
 def _write_address(out: Source, name: str) -> None:
@@ -190,7 +191,7 @@ def _write_iteration(
     out("here = upcoming")
     keys.words.load(out, "here")
     _write_address(out, "upcoming")
-    _write_id(out, "page_id", 3)
+    _write_id(out, 3)
     _write_softmax(out, spec, WEIGHT_ONE)
     _write_seen(out, spec, 1)
     queries.angles(out)

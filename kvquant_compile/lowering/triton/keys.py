@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvquant_compile.lowering.half_words import BYTES_AS_1024
 from kvquant_compile.lowering.triton.emit import CodeWords, Source, load_rows, load_token_pairs
 from kvquant_compile.lowering.triton.queries import QueryEmitter
 from kvquant_compile.lowering.triton.spec import KernelSpec, table_row
 from kvquant_compile.lowering.turns import SMALL
-from kvquant_compile.lowering.words import BYTES_AS_1024
 
 
 def half2(number: int) -> str:
@@ -35,7 +35,7 @@ def half2(number: int) -> str:
 
 @dataclass(frozen=True)
 class KeyEmitter:
-    """Writes ``score`` [W, 64, Q] of a page, in the row order of keys, times :attr:`unit`."""
+    """Writes ``score`` [W, 64, Q] of a page in the row order of keys, in units of ``unit``."""
 
     spec: KernelSpec
     words: CodeWords

@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvquant_compile.lowering.triton.primitives import circle
 from kvquant_compile.lowering.triton.ring import exact_base, exact_line, ring_state
+from kvquant_compile.lowering.triton.words import circle
 
 
 @triton.jit

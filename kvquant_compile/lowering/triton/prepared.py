@@ -12,11 +12,11 @@ from torch.nn.functional import pad
 
 from kvquant_compile.codec.layout import PageLayout, padded
 from kvquant_compile.codec.spec import LayerTables
+from kvquant_compile.lowering.half_words import BYTES_FROM, SUBNORMAL, half_words
 from kvquant_compile.lowering.remembered import Remembered
 from kvquant_compile.lowering.series import column_coefficients, explicit_groups
 from kvquant_compile.lowering.triton.spec import TERMS, table_bias, table_row, value_bias
 from kvquant_compile.lowering.turns import SMALL, Turns, fragment_pairs, pair_scale
-from kvquant_compile.lowering.words import BYTES_FROM, SUBNORMAL, half_words
 
 
 @dataclass(frozen=True, eq=False)
