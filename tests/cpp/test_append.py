@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvquant_compile.lowering.append import append as torch_append
 from kvquant_compile.lowering.cpp.append import append
 from kvquant_compile.lowering.cpp.build import toolchain_failure
+from tests.lowering.test_remembered import layers_that_share_keys
 from tests.triton import append_cases
 from tests.triton.append_cases import APPENDS, check_append
 
@@ -37,3 +39,14 @@ def test_many_tokens_and_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert check_append("threads", case, torch.device("cpu"))
     finally:
         torch.set_num_threads(before)
+
+
+def test_layers_that_share_keys_code_values_by_tables_of_their_own() -> None:
+    layers = layers_that_share_keys()
+    for layer in layers:
+        cache = layer.cache
+        stores = [[slab.clone() for slab in cache.pages] for _ in range(2)]
+        for run, pages in zip((append, torch_append), stores, strict=True):
+            run(layer.key, layer.value, layer.slots, cache.table, pages, cache.sinks, cache.tables,
+                cache.geometry, str(layer.layout))  # fmt: skip
+        assert all(map(torch.equal, *stores))

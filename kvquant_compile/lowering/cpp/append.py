@@ -103,7 +103,7 @@ def append(
     run = kernel(static_layout(layout), native)
     if isinstance(run, CompilationError):
         raise run
-    constants = _CONSTANTS.get(tables[0], lambda: _constants(layout, tables))
+    constants = _CONSTANTS.get(tables, lambda: _constants(layout, tables))
     ordered = reorder(key, geometry[0])
     batch, heads, steps, _ = key.shape
     held = {

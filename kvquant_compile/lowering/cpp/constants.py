@@ -58,7 +58,8 @@ _CONSTANTS: Remembered[CppConstants] = Remembered()
 
 def cpp_constants(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> CppConstants:
     """Constants of a layer, made once for its tables and kept as long as they live."""
-    return _CONSTANTS.get(tables[0], lambda: _make(layout, tables, geometry))
+    anchors = [*tables, *geometry]
+    return _CONSTANTS.get(anchors, lambda: _make(layout, tables, geometry))
 
 
 def _make(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> CppConstants:

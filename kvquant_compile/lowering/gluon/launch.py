@@ -164,7 +164,7 @@ def _constants(
     layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], columns: int
 ) -> GluonConstants:
     """A layer's constants, made once for its tables and every use of columns."""
-    known = _CONSTANTS.get(tables[0], dict)
+    known = _CONSTANTS.get([*tables, *geometry], dict)
     use = series_terms(columns), column_groups(columns)
     if use not in known:
         known[use] = gluon_constants(layout, tables, geometry, columns)
@@ -177,7 +177,7 @@ def _counters(table: Tensor, programs: int) -> Tensor:
     They belong to the block table: launches on one cache follow each other, those on two caches
     may overlap. Counters for other numbers of programs stay: a captured graph may point at them.
     """
-    sizes = _COUNTERS.get(table, dict)
+    sizes = _COUNTERS.get([table], dict)
     if programs not in sizes:
         size = programs * COUNTER_WORDS + 1024
         sizes[programs] = torch.zeros(size, dtype=torch.int32, device=table.device)

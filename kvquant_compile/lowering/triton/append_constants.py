@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from kvquant_compile.codec.feedback import STAGE_CHANNELS, UNITS
 from kvquant_compile.codec.keys import channel_importance
 from kvquant_compile.codec.nuq import COUNTED_LEVELS, cell_codes
 from kvquant_compile.codec.spec import LayerTables
+from kvquant_compile.lowering.remembered import Remembered
 from kvquant_compile.lowering.triton.quantise_emit import channel_width
 from kvquant_compile.lowering.triton.quantise_single import LANES
 
@@ -43,15 +43,12 @@ class AppendConstants:
     value_feedback_words: Tensor
 
 
-_KNOWN = WeakIdKeyDictionary()
+_CONSTANTS: Remembered[AppendConstants] = Remembered()
 
 
 def append_constants(tables: list[Tensor]) -> AppendConstants:
     """Constants of a layer, made once for its tables, on the device, and kept."""
-    known = _KNOWN.get(tables[0])
-    if known is None:
-        known = _KNOWN[tables[0]] = _prepare(LayerTables(*tables))
-    return known
+    return _CONSTANTS.get(tables, lambda: _prepare(LayerTables(*tables)))
 
 
 def _prepare(tables: LayerTables) -> AppendConstants:

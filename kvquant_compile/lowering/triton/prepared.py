@@ -64,7 +64,8 @@ _PREPARED: Remembered[Prepared] = Remembered()
 
 def prepared(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> Prepared:
     """Constants of a layer, made once for its tables (this copies to the host) and kept."""
-    return _PREPARED.get(tables[0], lambda: _prepare(layout, tables, geometry))
+    anchors = [*tables, *geometry]
+    return _PREPARED.get(anchors, lambda: _prepare(layout, tables, geometry))
 
 
 def _prepare(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> Prepared:
