@@ -107,8 +107,8 @@ def optimize(
         seed: of calibration; same seed, same tables.
         windows: calibration windows; None for the default.
         own_text: part of the calibration tokens that the model samples itself where text is given,
-            which keeps tables from a narrow text good for others; None: half. 0 takes the text
-            alone, and twice as much of it.
+            which keeps tables from a narrow text good for others; None: three quarters. 0 takes the
+            text alone, and four times as much of it.
         sensitivity: "fisher" (squared gradients of the loss) or "none" (no backward pass).
         attend_quantized: every token, the current step's own included, attends to quantised
             keys and values only. Slower and a little less accurate; what evaluation needs.

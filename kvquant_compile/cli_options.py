@@ -30,7 +30,7 @@ WindowsOption = Annotated[int | None, typer.Option("--windows", help="Calibratio
 OwnTextOption = Annotated[
     float | None,
     typer.Option("--own-text", help="Part of the calibration tokens that the model samples itself "
-                 "beside a given text; default: half."),
+                 "beside a given text; default: three quarters."),
 ]  # fmt: skip
 DumpOption = Annotated[
     Path | None,

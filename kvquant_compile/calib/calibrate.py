@@ -30,7 +30,7 @@ from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.progress import Progress
 
 _log = logger("calib")
-OWN_TOKENS, OWN_BATCH = 256, 64
+OWN_TOKENS, OWN_BATCH = 256, 96
 """Own text beside given text: many short sequences, since it is there for being varied."""
 SENSITIVITIES = ("fisher", "none")
 
@@ -51,7 +51,7 @@ class CalibrationOptions:
     windows: WindowSettings = field(default_factory=WindowSettings)
     fit: FitSettings = field(default_factory=FitSettings)
     sampled: WindowSettings = field(default_factory=lambda: WindowSettings(32, 512))
-    own_text: float = 0.5
+    own_text: float = 0.75
 
     @property
     def given(self) -> WindowSettings:
@@ -109,7 +109,7 @@ def _own_part(part: Any) -> float:
             f"own_text={part!r}",
             why="it is the part of the calibration tokens that the model samples itself beside a "
             "given text, at least 0 and below 1",
-            do="Leave it out for half, pass 0 for the text alone, or give no text at all.",
+            do="Leave it out for three quarters, pass 0 for text alone, or give no text at all.",
         )
     return float(part)
 
