@@ -89,9 +89,11 @@ class Scores:
         Returns:
             Its perplexity's excess over the other's in per cent with the standard error of the
             mean of windows' differences, its divergence over the other's, and its loss over the
-            other's where that is no noise (twice its error). Empty for the same, and for none.
+            other's where that is no noise (twice its error). Empty for the same, and where the
+            other one was not scored on all windows.
         """
-        if other not in base.values or (base is self and point == other):
+        known = base.values.get(other, {"windows": ()})
+        if len(known["windows"]) < count or (base is self and point == other):
             return {}
         paired = self._scored(point, self.values[point], base.values[other], count)
         mine, theirs = self.row(point, count), base.row(other, count)

@@ -149,7 +149,7 @@ def model(record: Record) -> str:
     done = [row for row in record["rows"] if "ms" in row]
     for row in sorted(done, key=lambda r: (r["shape"], r["batch"], r["tokens"], r["ms"])):
         same = [r for r in done if all(r[k] == row[k] for k in ("shape", "batch", "tokens"))]
-        theirs = [r["ms"] for r in same if r["contender"] in ("static", "dynamic")]
+        theirs = [r["ms"] for r in same if not r["contender"].startswith("ours")]
         lines.append([
             f"{row['shape']}, {row['contender']}", f"{row['batch']} x {row['tokens']:,}",
             f"{row['ms']:.2f}", f"{row['tokens_per_second']:,.1f}",
