@@ -69,7 +69,8 @@ FEATURES = {
     "four steps, padding": replace(BASE, steps=4, padding=2),
     "own tokens from pages": replace(BASE, exact=False),
     "window, steps, own tokens": replace(BASE, steps=3, exact=False, rep=2, window=40),
-    # scores of 80: what they are off by moves weights, outputs by 2e-4 to 6e-3 from draw to draw
+    # scores of 80: what they are off by moves weights, outputs by 2e-4 to 6e-3 from draw to draw;
+    # in this draw rotated keys rounded to halves, and nothing else, make 2.1e-3
     "peaked": replace(BASE, sharpness=16.0, tolerance=8e-3),
     "peaked, far frequencies": replace(BASE, sharpness=16.0, rope=FAR),
     "one query, fast frequencies": replace(BASE, rep=1, rope=FAST),
