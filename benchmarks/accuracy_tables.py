@@ -58,6 +58,36 @@ def calibrations(record: Record) -> str:
     return markdown([*head, *over], (_calibration(line) for line in record["calibrations"]))
 
 
+def draws(record: Record) -> str:
+    """What kvquant+ loses by what it was calibrated on, in the mean over draws, and over what it
+    loses calibrated on the same kind of text."""
+    rows = record["rows"]
+    sources = [name for name in NAMES if any(name in row["calibrations"] for row in rows)]
+    head = ["scored on, bits", "own text", "draws", "the same kind"]
+    head += [NAMES[name] for name in sources] + ["its own samples"]
+    lines = []
+    for row in rows:
+        found = row["calibrations"]
+        same = found[row["text"]]
+        number = " or ".join(map(str, sorted({len(mean["seeds"]) for mean in found.values()})))
+        cells = [f"{NAMES.get(row['text'], row['text'])}, {row['bits']}", f"{row['own_text']:g}"]
+        cells += [number, _draw(same, None)]
+        others = [{} if name == row["text"] else found.get(name, {}) for name in sources]
+        lines.append(cells + [_draw(mean, same) for mean in (*others, found.get("none", {}))])
+    return markdown(head, lines)
+
+
+def _draw(mean: Mapping[str, Any], same: Mapping[str, Any] | None) -> str:
+    """Loss and divergence, and how many times those of the same kind of text."""
+    if not mean:
+        return ""
+    loss, kl = f"{mean['loss_percent']:+.2f} %", f"{mean['kl']:.5f}"
+    if same is None:
+        return f"{loss} · {kl}"
+    times = (mean[what] / same[what] for what in ("loss_percent", "kl"))
+    return " · ".join(f"{x} ({y:.2f})" for x, y in zip((loss, kl), times, strict=True))
+
+
 def calibrating(record: Record) -> str:
     """Seconds of ``optimize``."""
     lines = []

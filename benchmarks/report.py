@@ -238,6 +238,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "bytes": accuracy_tables.at_equal_bytes,
     "short": accuracy_tables.short,
     "calibrations": accuracy_tables.calibrations,
+    "draws": accuracy_tables.draws,
     "calibrating": accuracy_tables.calibrating,
 }
 

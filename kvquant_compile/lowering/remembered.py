@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -19,15 +20,19 @@ class Remembered(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], T]] = {}
+        self._known: dict[Hashable, tuple[list[weakref.ref[Tensor]], T]] = {}
 
-    def get(self, anchors: Sequence[Tensor], make: Callable[[], T]) -> T:
-        """The value of these tensors, made at the first call."""
-        key = tuple(map(id, anchors))
+    def get(self, anchors: Sequence[Tensor], make: Callable[[], T], of: Hashable = None) -> T:
+        """The value of these tensors, made at the first call; ``of`` is what it depends on
+        besides."""
+        key = (of, *map(id, anchors))
         found = self._known.get(key)
         if found is not None:
             return found[1]
         made = make()
-        gone = lambda _: self._known.pop(key, None)  # noqa: E731
+        gone = functools.partial(self._forget, key)
         self._known[key] = ([weakref.ref(anchor, gone) for anchor in anchors], made)
         return made
+
+    def _forget(self, key: Hashable, gone: weakref.ref[Tensor]) -> None:
+        self._known.pop(key, None)

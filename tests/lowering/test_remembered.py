@@ -34,9 +34,10 @@ def test_made_once_and_gone_with_any_of_the_tensors() -> None:
 
     assert known.get([first, second], make) is known.get([first, second], make)
     assert known.get([first], make) is not known.get([first, second], make)
-    assert len(made) == 2
+    assert known.get([first], make, "other") is not known.get([first], make)
+    assert len(made) == 3
     del second
-    assert len(known._known) == 1
+    assert len(known._known) == 2
     del first
     assert not known._known
 

@@ -59,7 +59,7 @@ _CONSTANTS: Remembered[CppConstants] = Remembered()
 def cpp_constants(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> CppConstants:
     """Constants of a layer, made once for its tables and kept as long as they live."""
     anchors = [*tables, *geometry]
-    return _CONSTANTS.get(anchors, lambda: _make(layout, tables, geometry))
+    return _CONSTANTS.get(anchors, lambda: _make(layout, tables, geometry), layout)
 
 
 def _make(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> CppConstants:

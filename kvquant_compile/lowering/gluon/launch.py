@@ -164,7 +164,7 @@ def _constants(
     layout: PageLayout, tables: list[Tensor], geometry: list[Tensor], columns: int
 ) -> GluonConstants:
     """A layer's constants, made once for its tables and every use of columns."""
-    known = _CONSTANTS.get([*tables, *geometry], dict)
+    known = _CONSTANTS.get([*tables, *geometry], dict, layout)
     use = series_terms(columns), column_groups(columns)
     if use not in known:
         known[use] = gluon_constants(layout, tables, geometry, columns)

@@ -65,7 +65,7 @@ _PREPARED: Remembered[Prepared] = Remembered()
 def prepared(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> Prepared:
     """Constants of a layer, made once for its tables (this copies to the host) and kept."""
     anchors = [*tables, *geometry]
-    return _PREPARED.get(anchors, lambda: _prepare(layout, tables, geometry))
+    return _PREPARED.get(anchors, lambda: _prepare(layout, tables, geometry), layout)
 
 
 def _prepare(layout: PageLayout, tables: list[Tensor], geometry: list[Tensor]) -> Prepared:
