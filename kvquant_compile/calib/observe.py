@@ -24,6 +24,9 @@ from kvquant_compile.passes.head_view import HeadView
 from kvquant_compile.passes.recognise import MatchedLayer
 from kvquant_compile.plan import RopeSpec
 
+NOTHING = -100
+"""The target of a place that predicts no token."""
+
 
 @dataclass(frozen=True, eq=False)
 class Observed:
@@ -133,9 +136,12 @@ def _one_batch(
         found = [recorder.seen[view.node] for view in views]
         columns = [_columns(views, found)]
         if gradients:
+            # the last token predicts nothing; to cut it off would copy the logits
+            targets = F.pad(ids[:, 1:], (0, 1), value=NOTHING)
             loss = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
-            )
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NOTHING,
+                reduction="sum",
+            )  # fmt: skip
             columns.append(_columns(views, loss_gradients(loss, found)))
     layers = range(0, len(views), 2)
     return [tuple(x for column in columns for x in column[i : i + 2]) for i in layers]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import kvquant_compile
 from kvquant_compile.calib import calibrate
 from kvquant_compile.calib.calibrate import CalibrationOptions, batched, choose_windows
+from kvquant_compile.calib.data import drawn
 from kvquant_compile.capture import capture
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.progress import Progress
@@ -108,3 +109,13 @@ def test_the_same_seed_samples_the_same_text() -> None:
     alone = kvquant_compile.optimize(tiny("llama"), **options, own_text=0)
     assert same_tables(first, again)
     assert not same_tables(first, alone)
+
+
+def test_tokens_are_drawn_by_their_chances() -> None:
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    torch.manual_seed(0)
+    found = drawn(chances.expand(20_000, -1))
+    assert found.shape == (20_000, 1)
+    counts = found.flatten().bincount(minlength=6)
+    assert (counts[chances == 0] == 0).all()
+    assert torch.allclose(counts / 20_000, chances, atol=0.015)  # four deviations
