@@ -62,7 +62,7 @@ class Bench:
     def score(self, variant: Variant, bits: int) -> list[list[float]]:
         """(loss, KL, top-1) of every window."""
         codec = Trips({x.plan.index: variant.trips(x, bits) for x in self.layers})
-        run = insert_codec(self.prepared.captured.graph_module, self.prepared.layers, codec)
+        run, _ = insert_codec(self.prepared.captured.graph_module, self.prepared.layers, codec)
         found = []
         for ids, exact in zip(self.windows, self.exact, strict=True):
             found.append(compare(exact, self._logits(run, ids), self._targets(ids)).tolist())

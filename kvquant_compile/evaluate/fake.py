@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from kvquant_compile.calib.observe import run_captured
 from kvquant_compile.capture.captured import Captured
+from kvquant_compile.evaluate.stored import KEYS, VALUES
 from kvquant_compile.passes.head_view import HeadView
 from kvquant_compile.passes.recognise import MatchedLayer
 
@@ -39,7 +40,7 @@ def fake_logits(
     captured: Captured, layers: Sequence[MatchedLayer], codec: FakeCodec
 ) -> Callable[[Tensor], Tensor]:
     """ids [1, S] -> logits [1, S, vocab] with every key and value passed through the codec."""
-    gm = insert_codec(captured.graph_module, layers, codec)
+    gm, _ = insert_codec(captured.graph_module, layers, codec)
 
     def logits(ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -50,25 +51,30 @@ def fake_logits(
 
 def insert_codec(
     source: fx.GraphModule, layers: Sequence[MatchedLayer], codec: FakeCodec
-) -> fx.GraphModule:
-    """A copy of a captured graph with the codec's round trip at every append."""
+) -> tuple[fx.GraphModule, dict[fx.Node, tuple[int, str]]]:
+    """A copy of a captured graph with the codec's round trip at every append, and the nodes of
+    these with the layer's cache index and "keys" or "values"."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
+    trips: dict[fx.Node, tuple[int, str]] = {}
     graph.output(graph.graph_copy(source.graph, copies))
     for layer in layers:
         before_rope = codec.pre_rope and layer.plan.rope is not None
         index = layer.plan.index
         key = HeadView.of(layer.key_pre if before_rope else layer.key)
-        _wrap(graph, copies[key.node], _round_trip(codec.keys, key), index)
+        new = _wrap(graph, copies[key.node], _round_trip(codec.keys, key), index)
+        trips[new] = (index, KEYS)
         value = HeadView.of(layer.value)
-        _wrap(graph, copies[value.node], _round_trip(codec.values, value), index)
-    return fx.GraphModule(source, graph)
+        new = _wrap(graph, copies[value.node], _round_trip(codec.values, value), index)
+        trips[new] = (index, VALUES)
+    return fx.GraphModule(source, graph), trips
 
 
-def _wrap(graph: fx.Graph, node: fx.Node, trip: Callable[..., Tensor], layer: int) -> None:
+def _wrap(graph: fx.Graph, node: fx.Node, trip: Callable[..., Tensor], layer: int) -> fx.Node:
     with graph.inserting_after(node):
         new = graph.call_function(trip, (node, layer))
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    return new
 
 
 def _round_trip(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kvquant_compile.calib.observe import Observed
+from kvquant_compile.calib.observe import Observed, run_captured
 from kvquant_compile.capture.captured import Captured
 from kvquant_compile.errors import OptionError
-from kvquant_compile.evaluate.fake import fake_logits
+from kvquant_compile.evaluate.fake import insert_codec
 from kvquant_compile.evaluate.score import mean_kl
 from kvquant_compile.evaluate.stored import KEYS, VALUES, Trip
+from kvquant_compile.mixed.resume import Resumable
 from kvquant_compile.mixed.widths import Item
 from kvquant_compile.passes.recognise import MatchedLayer
 
@@ -71,13 +73,21 @@ def measured_losses(
         item -> width -> nats per token.
     """
     codec = OneAtATime(trips)
-    run = fake_logits(captured, layers, codec)
-    with torch.inference_mode():
-        exact = [run(ids)[0, :-1] for ids in windows]
-        losses: Losses = {}
+    gm, places = insert_codec(captured.graph_module, layers, codec)
+    windows = [ids.to(captured.device) for ids in windows]
+    losses: Losses = {}
+    with torch.no_grad():
+        graphs = [Resumable(gm, places) for _ in windows]
+        exact = [
+            run_captured(captured, graph.run, ids)[0, :-1]
+            for graph, ids in zip(graphs, windows, strict=True)
+        ]
         for item, width in trips if track is None else track:
             codec.active = {item: width}
-            parts = [mean_kl(p, run(ids)[0, :-1]) for p, ids in zip(exact, windows, strict=True)]
+            parts = []
+            for original, graph, ids in zip(exact, graphs, windows, strict=True):
+                coded = run_captured(captured, functools.partial(graph.resume, item), ids)
+                parts.append(mean_kl(original, coded[0, :-1]))
             losses.setdefault(item, {})[width] = sum(parts) / len(parts)
     return losses
 
