@@ -42,7 +42,7 @@ def test_every_part_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
                    "RopeSpec(half, 16/16 channels))",
                    "INFO matched LayerPlan(1:", "DEBUG layer 1: certificate",
                    "INFO rewritten: 2 layers"],
-        "calib": ["INFO observed 512 tokens in 8 windows, given and sampled by the model",
+        "calib": ["INFO observed 1024 tokens in 16 windows, given and sampled by the model",
                   "DEBUG layer 1: LayerTables(2 heads x 16/16, 16/4 levels"],
         "lowering": ["DEBUG layer 0: k3v3 slots1/0", "DEBUG layer 1: k4v2 slots1/0"],
         "runtime": ["DEBUG lossless rewrite, through pages, 70 tokens after 8: relative error",

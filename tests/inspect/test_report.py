@@ -70,7 +70,7 @@ def test_the_dict_is_json_and_complete(report: Report) -> None:
                              "refused"}  # fmt: skip
     assert all(layer.keys() == FIELDS for layer in record["layers"])
     assert record["totals"]["effective_bits"] == report.effective_bits
-    assert record["calibration"]["tokens"] == 2 * 4 * 64
+    assert record["calibration"]["tokens"] == 4 * 4 * 64
     assert record["calibration"]["fit"]["sensitivity"] is True
 
 
@@ -78,7 +78,7 @@ def test_the_text_shows_every_kind_of_layer(report: Report) -> None:
     text = str(report)
     for part in ("LlamaForCausalLM (float32, cpu): 2 attention layers rewritten",
                  "5.250 effective bits", "6.10x smaller", "3/3", "4/2", "half 16", "symbolic",
-                 "causal", "source given and sampled by the model, windows 8, tokens 512",
+                 "causal", "source given and sampled by the model, windows 16, tokens 1024",
                  "seed 0"):  # fmt: skip
         assert part in text
 
