@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.measure import save
 from kvquant_compile.evaluate.points import ORIGINAL
+from kvquant_compile.evaluate.results import Results
 from kvquant_compile.recipes.choice import OURS
 
 NONE = "none"
@@ -52,7 +53,7 @@ def draws(folder: Path) -> list[Draw]:
     out = []
     for path in sorted(folder.glob("*.run")):
         run = json.loads(path.read_text(encoding="utf-8"))
-        results = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["results"]
+        results = Results(path.with_suffix(".json")).to_dict()["results"]
         exact = {
             item["identity"]["text"]: item["value"]["windows"]
             for item in results

@@ -168,7 +168,7 @@ def drawn(chances: Tensor) -> Tensor:
     """A token of every row [B, V], int64 [B, 1].
 
     On a CPU by inversion: ``torch.multinomial`` draws a number for every token of the vocabulary
-    there, which takes twenty times as long.
+    there, which takes many times as long.
     """
     if chances.device.type != "cpu":
         return torch.multinomial(chances, 1)

@@ -16,20 +16,21 @@ class _Snapshot:
 
     Attributes:
         values: every node before it -> its value, None where nobody needs that any more.
-        versions: of the tensors among them, which tell whether one was changed in place.
+        versions: of the tensors among them, which tell whether one was changed in place; None of
+            those of inference mode, which have none.
     """
 
     values: dict[fx.Node, Any]
-    versions: list[tuple[Tensor, int]]
+    versions: list[tuple[Tensor, int | None]]
 
     @staticmethod
     def take(graph: fx.Graph, node: fx.Node, live: dict[fx.Node, Any]) -> _Snapshot:
         """Of the values that are still needed when ``node`` is about to run."""
-        found: list[tuple[Tensor, int]] = []
+        found: list[tuple[Tensor, int | None]] = []
 
         def see(x: Any) -> Any:
             if isinstance(x, Tensor):
-                found.append((x, x._version))
+                found.append((x, None if x.is_inference() else x._version))
             return x
 
         values: dict[fx.Node, Any] = {}
@@ -41,14 +42,15 @@ class _Snapshot:
 
     @property
     def intact(self) -> bool:
-        return all(x._version == version for x, version in self.versions)
+        """Whether nothing was changed, as far as can be told."""
+        return all(v is not None and x._version == v for x, v in self.versions)
 
 
 class Resumable(fx.Interpreter):
     """A graph that can be run again from chosen nodes on, for the same arguments.
 
     Holds what is needed behind each of them: of a transformer some five activations a layer.
-    Nothing may be differentiated, and inference mode must be off: its tensors have no versions.
+    Nothing may be differentiated.
 
     Args:
         gm: the graph.
@@ -69,7 +71,7 @@ class Resumable(fx.Interpreter):
 
     def resume(self, name: Hashable, *args: Any) -> Any:
         """The graph's result, computed from a place on; from its beginning where the place was not
-        reached before, or where some node has changed in place what was kept."""
+        reached before, or where what was kept may have been changed in place."""
         kept = self._taken.get(name)
         if kept is None or not kept.intact:
             return self.run(*args)

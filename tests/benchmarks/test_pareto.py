@@ -93,3 +93,13 @@ def test_the_page_names_what_is_left_out(record: dict[str, Any]) -> None:
     assert page.startswith("**Emma, 3 windows of 64 tokens**")
     assert "| **kvquant+ 2** * | 2.40 | +2.02 ± 0.00 % |" in page
     assert page.endswith("Too few windows in time: gear 2.")
+
+
+def test_nothing_is_compared_with_a_codec_that_has_too_few_windows(tmp_path: Path) -> None:
+    shard(tmp_path, "a", "c", {"kvquant+ 2": (2.4, windows(0.02, 0.04, 5)[:1])})
+    others = {"kivi 2": (4.0, windows(0.06, 0.08, 4)), "gear 2": (2.0, windows(0.05, 0.07, 4))}
+    shard(tmp_path, "b", "c", others)
+    (table,) = merged(tmp_path, least=2)["tables"]
+    assert table["left_out"] == ["kvquant+ 2"]
+    assert [row["codec"] for row in table["rows"]] == ["kivi 2", "gear 2"]
+    assert not any("times_kl" in row for row in table["rows"])

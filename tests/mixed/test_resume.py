@@ -89,3 +89,13 @@ def test_graphs_that_change_tensors_in_place_run_from_the_beginning() -> None:
         every, graph.count = graph.count, 0
         assert torch.equal(graph.resume("b", x.clone()), exact)
         assert graph.count == every
+
+
+def test_tensors_without_versions_are_not_trusted() -> None:
+    gm, places = traced()
+    graph, x = Counting(gm, places), torch.randn(2, 4)
+    with torch.inference_mode():
+        exact = graph.run(x)
+        every, graph.count = graph.count, 0
+        assert torch.equal(graph.resume("b", x), exact)
+    assert graph.count == every
